@@ -1,0 +1,116 @@
+"""DynaIP: reference features -> HMoE tokens -> the K/V bank of every injected block -> `ImagePrompt`.
+
+Follows the published abstract and reviews; what they leave open is this project's reconstruction (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dynaip_jax.adapter.hmoe import HMoE, HMoEConfig
+from dynaip_jax.types import KV, ImagePrompt
+
+
+@dataclass(frozen=True)
+class DynaIPConfig:
+    """`depth`, `depth_single_blocks`, `num_heads`, `head_dim` are the base transformer's. `blocks`: "double" injects into the
+    dual-branch blocks, "all" also into the single-stream ones."""
+
+    hmoe: HMoEConfig = field(default_factory=HMoEConfig)
+    blocks: str = "double"
+    depth: int = 19
+    depth_single_blocks: int = 38
+    num_heads: int = 24
+    head_dim: int = 128
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        if isinstance(self.hmoe, dict):
+            object.__setattr__(self, "hmoe", HMoEConfig(**self.hmoe))
+        if self.blocks not in ("double", "all"):
+            raise ValueError(f"blocks {self.blocks!r}: expected 'double' or 'all'")
+
+    @property
+    def injected(self) -> int:
+        """Number of injected blocks."""
+        return self.depth + (self.depth_single_blocks if self.blocks == "all" else 0)
+
+    @classmethod
+    def for_base(cls, base, clip_width: int, hmoe: dict | None = None, **changes) -> DynaIPConfig:
+        """For a transformer config (`FluxConfig`) and a CLIP of `clip_width`, as wide as the base unless `hmoe` says otherwise."""
+        sizes = dict(
+            depth=base.depth, depth_single_blocks=base.depth_single_blocks, num_heads=base.num_heads, head_dim=base.head_dim
+        )
+        kw = {k: v for k, v in changes.items() if k in ("dtype", "param_dtype")}
+        return cls(hmoe=HMoEConfig(**dict(clip_width=clip_width, width=base.hidden_size, **kw) | (hmoe or {})), **sizes, **changes)
+
+
+class DynaIP(nn.Module):
+    """The adapter. `__call__` arguments:
+
+    - `features`: three arrays `[b, s, m, clip_width]`, CLIP's hidden states of each subject's picture, low to high;
+    - `image_gain`, `text_gain`: scalar, `[s]` or `[b, s]`. Training: 1 and 1. Inference: the user's scale, and 0 (DDS);
+    - `granularity`: None (the router decides) or non-negative `[3]` or `[s, 3]`, normalised here;
+    - `region`: `[b or 1, s, i]` or None.
+
+    Returns the `ImagePrompt` and the routing weights used, float32 `[b, s, 3]` (router "token": `[b, s, m, 3]`).
+    K = RMSNorm(F W_k), V = F W_v, per head; W_v starts at zero, so that a fresh adapter changes nothing.
+    """
+
+    config: DynaIPConfig
+
+    @nn.compact
+    def __call__(
+        self, features: Sequence[jax.Array], *, image_gain=1.0, text_gain=1.0, granularity=None, region=None
+    ) -> tuple[ImagePrompt, jax.Array]:
+        c = self.config
+        b, s = features[0].shape[:2]
+        if granularity is not None:
+            granularity = jnp.broadcast_to(jnp.asarray(granularity, jnp.float32), (b, s, 3)).reshape(b * s, 3)
+        flat = [f.reshape(b * s, *f.shape[2:]) for f in features]
+        tokens, weights = HMoE(c.hmoe, name="hmoe")(flat, granularity)
+        tokens = tokens.reshape(b, s, *tokens.shape[1:])
+
+        def gain(g):
+            return jnp.broadcast_to(jnp.asarray(g, jnp.float32), (c.injected, b, s))
+
+        prompt = ImagePrompt(
+            double=Bank(c, c.depth, name="double")(tokens),
+            single=Bank(c, c.depth_single_blocks, name="single")(tokens) if c.blocks == "all" else None,
+            image_gain=gain(image_gain),
+            text_gain=gain(text_gain),
+            region=region,
+        )
+        return prompt, weights.reshape(b, s, *weights.shape[1:])
+
+
+class Bank(nn.Module):
+    """Keys and values `[l, b, s, m, h, d]` of `length` blocks from the tokens `[b, s, m, width]`."""
+
+    config: DynaIPConfig
+    length: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> KV:
+        c = self.config
+        shape = (self.length, tokens.shape[-1], c.num_heads, c.head_dim)
+
+        def project(name, init):
+            init = nn.with_logical_partitioning(init, ("layers", "embed", "heads", "head_dim"))
+            kernel = self.param(name, init, shape, c.param_dtype)
+            return jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(c.dtype), kernel.astype(c.dtype))
+
+        lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
+        k, v = project("key", lecun), project("value", nn.initializers.zeros)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("layers", "head_dim"))
+        scale = self.param("key_norm", ones, (self.length, c.head_dim), c.param_dtype).astype(jnp.float32)
+        k32 = k.astype(jnp.float32)
+        k32 = k32 * jax.lax.rsqrt(jnp.mean(k32 * k32, axis=-1, keepdims=True) + 1e-6)
+        return KV((k32 * scale[:, None, None, None, None]).astype(c.dtype), v)

@@ -1,0 +1,36 @@
+"""The structures that cross module borders, and the axis letters used in every einsum and docstring.
+
+b batch · s subject · i image tokens · t text tokens · n any row tokens · m reference tokens of one subject ·
+l block · h heads · d head size · c model width
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class KV(NamedTuple):
+    """Keys and values that rows attend to: `k`, `v` `[l, b, s, m, h, d]` for a bank, without `l` inside a block."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class ImagePrompt(NamedTuple):
+    """What a backbone needs to know of the reference images; it knows nothing of CLIP, HMoE or DynaIP.
+
+    `l` counts the injected blocks: the double blocks first, then (if `single` is given) the single ones.
+    The batch axis may be 1 where all rows of the batch share one image prompt.
+    """
+
+    double: KV  # k, v: [l_double, b, s, m, h, d]
+    single: KV | None  # the same for single-stream blocks, or None
+    image_gain: jax.Array  # [l, b, s]
+    text_gain: jax.Array  # [l, b, s]; zeros = DDS
+    region: jax.Array | None  # [b, s, i], sums over s to at most 1; None = 1 everywhere
+
+    def scaled(self, factor) -> ImagePrompt:
+        """The same image prompt with both gains multiplied by `factor` (broadcast against `[l, b, s]`)."""
+        return self._replace(image_gain=self.image_gain * factor, text_gain=self.text_gain * factor)

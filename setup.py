@@ -1,0 +1,58 @@
+"""Packaging of dynaip_jax. Only the library is installed; `train`, `tools`, `configs` and `benchmarks` run from a checkout."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', (Path(__file__).parent / "dynaip_jax" / "version.py").read_text())[1]
+
+setup(
+    name="dynaip_jax",
+    version=VERSION,
+    description="DynaIP in JAX/Flax: zero-shot subject personalisation for multimodal diffusion transformers",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dynaip_jax", "dynaip_jax.*"]),
+    package_data={"dynaip_jax": ["py.typed", "assets/**/*"]},
+    entry_points={"console_scripts": ["dynaip = dynaip_jax.cli:main"]},
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets imports it and does not declare it
+        "array_record",
+        "transformers>=4.57,<6",
+        "sentencepiece",
+        "protobuf",
+        "safetensors>=0.6",
+        "ml_dtypes",
+        "numpy",
+        "pillow>=11",
+        "tyro>=0.9",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "train": ["tensorboardX"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "torch==2.13.0",
+            "diffusers==0.42.1",
+            "accelerate",
+            "scikit-image",
+            "ruff",
+            "mypy",
+            "pooch",
+        ],
+    },
+)

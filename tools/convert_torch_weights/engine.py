@@ -1,0 +1,166 @@
+"""From named PyTorch tensors to a Flax parameter tree, by a table that uses every source tensor exactly once.
+
+A table maps each leaf of our tree (a path such as "double_blocks/img_attn/qkv/kernel") to a `Leaf`, or to a list of
+them, one a block, for leaves stacked by `nn.scan`. Each component has its table in a file of its own; this file checks
+table, source and target against each other and copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dynaip_jax.errors import UserError
+
+
+class Part(NamedTuple):
+    """All of a source tensor (`shape` is the whole tensor's), or the rows [start, stop) of it along `axis`."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int = 0
+    start: int = 0
+    stop: int | None = None
+
+    def read(self, tensors: Mapping[str, Any]) -> np.ndarray:
+        x = np.asarray(tensors[self.name])
+        return x[(slice(None),) * self.axis + (slice(self.start, self.stop),)] if x.ndim else x
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.start, self.shape[self.axis] if self.stop is None else self.stop
+
+
+class Leaf(NamedTuple):
+    """The parts, concatenated along axis 0, then transposed by `axes` and reshaped to the leaf's shape."""
+
+    parts: tuple[Part, ...]
+    axes: tuple[int, ...] | None = None
+
+    def build(self, tensors: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+        x = np.concatenate([p.read(tensors) for p in self.parts]) if len(self.parts) > 1 else self.parts[0].read(tensors)
+        return (x if self.axes is None else x.transpose(self.axes)).reshape(shape)
+
+
+Table = dict[str, Leaf | list[Leaf]]
+
+
+def linear(path: str, *names: str, out: int, in_: int, bias: bool = True) -> Table:
+    """A Linear: torch weight `[out, in_]` -> kernel `[in_, ...out]`. Several names are stacked along the output axis,
+    each with out / len(names) rows."""
+    each = out // len(names)
+    table: Table = {f"{path}/kernel": Leaf(tuple(Part(f"{n}.weight", (each, in_)) for n in names), (1, 0))}
+    if bias:
+        table[f"{path}/bias"] = Leaf(tuple(Part(f"{n}.bias", (each,)) for n in names))
+    return table
+
+
+def conv(path: str, name: str, out: int, in_: int, size: int, bias: bool = True) -> Table:
+    """A Conv2d: torch weight `[out, in_, size, size]` -> kernel `[size, size, in_, out]`."""
+    table: Table = {f"{path}/kernel": Leaf((Part(f"{name}.weight", (out, in_, size, size)),), (2, 3, 1, 0))}
+    if bias:
+        table[f"{path}/bias"] = copy(f"{name}.bias", out)
+    return table
+
+
+def norm(path: str, name: str, width: int) -> Table:
+    """A LayerNorm or GroupNorm: weight, bias `[width]` -> scale, bias."""
+    return {f"{path}/scale": copy(f"{name}.weight", width), f"{path}/bias": copy(f"{name}.bias", width)}
+
+
+def copy(name: str, *shape: int) -> Leaf:
+    """A tensor taken as it is."""
+    return Leaf((Part(name, shape),))
+
+
+def stack(path: str, tables: list[Table]) -> Table:
+    """The tables of equal blocks as one table of stacked leaves under `path`."""
+    return {f"{path}/{leaf}": [t[leaf] for t in tables] for leaf in (tables[0] if tables else ())}  # type: ignore[misc]
+
+
+def abstract_params(init: Callable[..., Any], *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every parameter that `init(key, *inputs)` would make, without allocating any."""
+    tree = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), *inputs))["params"]
+    return flatten_dict(tree, sep="/")
+
+
+def source_shapes(table: Table) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every source tensor the table reads.
+
+    Raises `AssertionError` if a table gives one tensor two shapes, or uses any row of it not exactly once.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    rows: dict[str, list[tuple[int, int]]] = {}
+    for leaf in (leaf for entry in table.values() for leaf in (entry if isinstance(entry, list) else [entry])):
+        for part in leaf.parts:
+            assert shapes.setdefault(part.name, part.shape) == part.shape, f"{part.name}: two shapes in the table"
+            rows.setdefault(part.name, []).append(part.rows if part.shape else (0, 1))
+    for name, spans in rows.items():
+        spans.sort()
+        ends = [0, *(stop for _, stop in spans)]
+        assert [start for start, _ in spans] == ends[:-1], f"{name}: rows {spans} are not used exactly once"
+    return shapes
+
+
+def check_names(component: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `UserError` with both sides if `found` and `expected` (name -> shape) differ in any name or shape."""
+    missing = [f"{n} {list(expected[n])}" for n in expected if n not in found]
+    unexpected = [f"{n} {list(found[n])}" for n in found if n not in expected]
+    wrong = [f"{n}: found {list(found[n])}, expected {list(s)}" for n, s in expected.items() if n in found and tuple(found[n]) != s]
+    problems = []
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
+        if names:
+            problems.append(f"{len(names)} {label}: {'; '.join(names[:12])}{' ...' if len(names) > 12 else ''}")
+    if problems:
+        raise UserError(
+            f"{component}: tensors do not match its config: {' | '.join(problems)}; "
+            "check that config and weights belong together and that the model is one of the supported families"
+        )
+
+
+def convert(
+    component: str,
+    tensors: Mapping[str, Any],
+    table: Table,
+    target: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    dtype: Any = None,
+    empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty,
+) -> dict[str, Any]:
+    """The nested parameter tree of `target`'s shapes, read from `tensors` (name -> array, opened lazily or not).
+
+    Keeps the source's dtype unless `dtype` is given. `empty(shape, dtype)` allocates each leaf, so that a caller may
+    lay them on disk. Raises `UserError` for missing, unexpected, wrongly shaped or non-finite tensors.
+    """
+    expected = source_shapes(table)
+    shape_of = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
+    check_names(component, {name: shape_of(name) for name in tensors}, expected)
+    assert set(table) == set(target), f"{component}: table and model differ: {sorted(set(table) ^ set(target))}"
+
+    params = {}
+    for path, entry in table.items():
+        shape = target[path].shape
+        blocks = entry if isinstance(entry, list) else [entry]
+        for i, leaf in enumerate(blocks):
+            x = leaf.build(tensors, shape[1:] if isinstance(entry, list) else shape)
+            if not np.isfinite(x.astype(np.float32) if x.dtype == jnp.bfloat16 else x).all():
+                raise UserError(f"{component}: {leaf.parts[0].name} holds NaN or infinity; expected finite weights; download it again")
+            if i == 0:
+                params[path] = empty(shape, dtype or x.dtype)
+            if isinstance(entry, list):
+                params[path][i] = x
+            else:
+                params[path][...] = x
+    return unflatten_dict(params, sep="/")
+
+
+def parameter_count(table: Table) -> int:
+    """Number of scalars the table reads."""
+    return sum(math.prod(s) for s in source_shapes(table).values())
