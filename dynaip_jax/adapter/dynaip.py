@@ -5,8 +5,10 @@ Follows the published abstract and reviews; what they leave open is this project
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -114,3 +116,23 @@ class Bank(nn.Module):
         k32 = k.astype(jnp.float32)
         k32 = k32 * jax.lax.rsqrt(jnp.mean(k32 * k32, axis=-1, keepdims=True) + 1e-6)
         return KV((k32 * scale[:, None, None, None, None]).astype(c.dtype), v)
+
+
+def init_adapter_params(config: DynaIPConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of an adapter: with them the base model is left exactly as it is."""
+    features = [jnp.zeros((1, 1, 2, config.hmoe.clip_width))] * 3
+    return nn.meta.unbox(DynaIP(config).init(key, features))["params"]
+
+
+def abstract_adapter_params(config: DynaIPConfig) -> dict[str, Any]:
+    """Shapes and dtypes of the adapter's parameters, nothing allocated."""
+    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0)))
+
+
+def adapter_to_dict(config: DynaIPConfig) -> dict[str, Any]:
+    """The adapter's config as stored in `adapter.json`."""
+    stored = dataclasses.asdict(config)
+    for part in (stored, stored["hmoe"]):
+        for key in ("dtype", "param_dtype"):
+            part.pop(key)
+    return stored

@@ -7,7 +7,6 @@ table, source and target against each other and copies.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -133,16 +132,19 @@ def convert(
     *,
     dtype: Any = None,
     empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty,
+    check_only: bool = False,
 ) -> dict[str, Any]:
     """The nested parameter tree of `target`'s shapes, read from `tensors` (name -> array, opened lazily or not).
 
     Keeps the source's dtype unless `dtype` is given. `empty(shape, dtype)` allocates each leaf, so that a caller may
-    lay them on disk. Raises `UserError` for missing, unexpected, wrongly shaped or non-finite tensors.
+    lay them on disk. `check_only` compares names and shapes, reads no tensor and returns an empty tree. Raises `UserError` for missing, unexpected, wrongly shaped or non-finite tensors.
     """
     expected = source_shapes(table)
     shape_of = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
     check_names(component, {name: shape_of(name) for name in tensors}, expected)
     assert set(table) == set(target), f"{component}: table and model differ: {sorted(set(table) ^ set(target))}"
+    if check_only:
+        return {}
 
     params = {}
     for path, entry in table.items():
@@ -159,8 +161,3 @@ def convert(
             else:
                 params[path][...] = x
     return unflatten_dict(params, sep="/")
-
-
-def parameter_count(table: Table) -> int:
-    """Number of scalars the table reads."""
-    return sum(math.prod(s) for s in source_shapes(table).values())

@@ -1,0 +1,161 @@
+"""The `dynaip` command. Heavy imports wait until a command runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.version import __version__
+
+EXAMPLES = """examples:
+  dynaip sample --prompt "a photo of a cat" --output cat.png
+      plain text to image with the embedded tiny model (random weights: it shows the way, not a picture)
+  dynaip sample --model bundles/flux-dev --adapter adapters/dynaip --prompt "a toy robot on a beach at sunset" \\
+      --reference robot.jpg --num-images 4 --output robot.png
+      four pictures of the subject in robot.jpg: robot_0.png ... robot_3.png, and robot.png, the grid
+  dynaip sample --model bundles/flux-dev --adapter adapters/dynaip --prompt "a dog and a teapot in a garden" \\
+      --reference dog.jpg --reference teapot.jpg --mask left.png --mask right.png --output two.png
+      two subjects, each where its mask is white
+  dynaip sample ... --granularity 0 0 1         high-level look only; LOW MID HIGH replace the router's weights
+  dynaip sample ... --text-gain 0.3             let some pose and light of the reference through (0 = DDS, the default)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(
+        prog="dynaip",
+        description="DynaIP in JAX: pictures of your subject from a reference image and a prompt, without fine-tuning.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dynaip_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    p = commands.add_parser(
+        "sample", help="make pictures", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Makes pictures from a prompt and reference pictures. Options left out take the model's own defaults.",
+    )  # fmt: skip
+    files = p.add_argument_group("model and files")
+    files.add_argument("--model", type=Path, metavar="BUNDLE", help="converted base model (default: the embedded tiny one)")
+    files.add_argument("--adapter", type=Path, metavar="DIR", help="trained adapter; without it plain text to image")
+    files.add_argument("--any-base", action="store_true", help="accept an adapter trained on another base of the same sizes")
+    files.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+    files.add_argument("--output", type=Path, required=True, metavar="OUT.png", help="the picture, or the grid of several")
+    files.add_argument("--overwrite", action="store_true", help="replace existing pictures")
+
+    what = p.add_argument_group("what to make")
+    what.add_argument("--prompt", required=True, metavar="TEXT")
+    what.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from (true CFG: two passes a step)")
+    what.add_argument("--true-cfg", type=float, metavar="X", help="scale of true CFG (default 4, with a negative prompt)")
+    what.add_argument("--height", type=int, metavar="PX", help="multiple of 16")
+    what.add_argument("--width", type=int, metavar="PX", help="multiple of 16")
+    what.add_argument("--steps", type=int, metavar="N")
+    what.add_argument("--guidance", type=float, metavar="X", help="embedded guidance scale (dev models)")
+    what.add_argument("--seed", type=int, metavar="N", help="image k uses seed N + k (default 0)")
+    what.add_argument("--num-images", type=int, metavar="N")
+    what.add_argument("--noise", type=Path, metavar="FILE.npy", help="initial latents [b, 16, h/8, w/8] in place of a seed")
+
+    ref = p.add_argument_group("reference pictures")
+    ref.add_argument("--reference", type=Path, action="append", default=[], metavar="IMG", help="a subject; repeat for more")
+    ref.add_argument(
+        "--mask", type=Path, action="append", default=[], metavar="IMG",
+        help="white where that subject may appear in the output; none, or one a reference, in the same order",
+    )  # fmt: skip
+    ref.add_argument("--fit", choices=("pad", "crop"), help="how a reference that is not square becomes so (default pad)")
+    ref.add_argument("--image-scale", type=float, metavar="X", help="strength in the image branch (default 1; 0 = off)")
+    ref.add_argument("--text-gain", type=float, metavar="X", help="strength in the text branch (default 0 = DDS)")
+    ref.add_argument(
+        "--granularity", type=float, nargs=3, metavar=("LOW", "MID", "HIGH"), help="weights of CLIP's levels (default: router)"
+    )
+    ref.add_argument("--image-start", type=float, metavar="F", help="share of steps before the reference acts (default 0)")
+    ref.add_argument("--image-end", type=float, metavar="F", help="share of steps after which it no longer acts (default 1)")
+    p.set_defaults(run=sample)
+    return parser
+
+
+def sample(args: argparse.Namespace) -> int:
+    """`dynaip sample`."""
+    options = {
+        name: getattr(args, name)
+        for name in (
+            "negative_prompt", "true_cfg", "height", "width", "steps", "guidance", "seed", "num_images", "fit", "image_scale",
+            "text_gain", "granularity", "image_start", "image_end",
+        )
+        if getattr(args, name) is not None
+    }  # fmt: skip
+    if not args.reference:
+        for name in ("mask", "fit", "image_scale", "text_gain", "granularity", "image_start", "image_end"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG")
+    if args.output.suffix.lower() != ".png":
+        raise UserError(f"--output {args.output}: expected a name that ends in .png")
+
+    from dynaip_jax.data import images
+
+    count = args.num_images or 1
+    if args.noise is not None:
+        options["noise"] = _load_noise(args.noise)
+        count = len(options["noise"]) if options["noise"].ndim else 1
+    outputs = [args.output]
+    if count > 1:
+        outputs += [args.output.with_name(f"{args.output.stem}_{k}.png") for k in range(count)]
+    images.check_outputs(outputs, overwrite=args.overwrite)
+    references = [images.load_image(r) for r in args.reference]
+
+    import warnings
+
+    from dynaip_jax.pipeline import DynaIPPipeline
+
+    model, adapter = args.model, args.adapter
+    if model is None:
+        from dynaip_jax import default
+
+        model, embedded = default.paths()
+        adapter = adapter or (embedded if references else None)
+        print("note: using the embedded tiny model with random weights; pass --model for a real one", file=sys.stderr)
+    pipe = DynaIPPipeline.load(model, adapter, dtype=args.dtype, any_base=args.any_base)
+    with warnings.catch_warnings(action="ignore"):
+        result = pipe(args.prompt, references, masks=args.mask, progress=sys.stderr.isatty(), **options)
+    for note in result.warnings:
+        print(f"warning: {note}", file=sys.stderr)
+
+    settings = dict(
+        program=f"dynaip_jax {__version__}", prompt=args.prompt, model=str(model), base=pipe.bundle.fingerprint,
+        adapter=None if adapter is None else str(adapter), reference=[str(r) for r in args.reference], mask=[str(m) for m in args.mask],
+        noise=None if args.noise is None else str(args.noise), **{k: v for k, v in options.items() if k not in ("noise", "seed", "num_images")},
+        **{k: v for k, v in pipe.defaults.items() if k not in options and v is not None},
+    )  # fmt: skip
+    if result.routing is not None:
+        settings["routing"] = result.routing.round(4).tolist()
+        for name, (low, mid, high) in zip(args.reference, result.routing, strict=True):
+            print(f"{name}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)
+    seeds = result.seeds or [None] * len(result.images)
+    singles = outputs[1:] if count > 1 else outputs
+    for image, path, seed in zip(result.images, singles, seeds, strict=True):
+        images.save_png(image, path, settings | dict(seed=seed), overwrite=args.overwrite)
+        print(path)
+    if count > 1:
+        images.save_png(images.grid(result.images), args.output, settings | dict(seed=seeds), overwrite=args.overwrite)
+        print(args.output)
+    return 0
+
+
+def _load_noise(path: Path):
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"--noise {path}: cannot be read as a NumPy array ({e}); expected a .npy file of floats") from e
+
+
+def main() -> int:
+    """Entry point of the `dynaip` script."""
+    return run_cli(lambda argv: (args := build_parser().parse_args(argv)).run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

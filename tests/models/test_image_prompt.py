@@ -1,0 +1,156 @@
+"""What an image prompt may and may not change in the transformer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynaip_jax import ops
+from dynaip_jax.models import flux
+from dynaip_jax.models.flux import BlockPrompt, DoubleBlock, Flux, FluxConfig, Shared, SingleBlock
+from dynaip_jax.types import KV, ImagePrompt
+
+CONFIG = FluxConfig.tiny()
+B, S, M, T, I = 2, 2, 5, 8, 16  # noqa: E741  (the axis letters)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def kv(depth, batch=B, subjects=S, seed=0):
+    shape = (depth, batch, subjects, M, CONFIG.num_heads, CONFIG.head_dim)
+    return KV(normal(seed, *shape), normal(seed + 1, *shape))
+
+
+def image_prompt(image_gain=1.0, text_gain=0.0, blocks="all", batch=B, **changes):
+    injected = CONFIG.depth + (CONFIG.depth_single_blocks if blocks == "all" else 0)
+    return ImagePrompt(
+        double=kv(CONFIG.depth, batch),
+        single=kv(CONFIG.depth_single_blocks, batch, seed=7) if blocks == "all" else None,
+        image_gain=jnp.full((injected, batch, S), image_gain),
+        text_gain=jnp.full((injected, batch, S), text_gain),
+        region=None,
+    )._replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(CONFIG, B, I, T).items())}
+    inputs |= dict(img_ids=ops.image_ids(8, 8), txt_ids=jnp.zeros((1, T, 3)), timesteps=jnp.array([0.3, 0.8]))
+    params = Flux(CONFIG).init(jax.random.key(0), **inputs)
+    forward = jax.jit(Flux(CONFIG).apply)
+    return lambda prompt=None, **changes: np.asarray(forward(params, **(inputs | changes), image_prompt=prompt))
+
+
+@pytest.mark.parametrize("blocks", ["double", "all"])
+def test_no_gain_and_no_value_leave_the_base_bit_for_bit(model, blocks):
+    base = model()
+    np.testing.assert_array_equal(model(image_prompt(0.0, blocks=blocks)), base)
+    fresh = image_prompt(1.0, 1.0, blocks)
+    fresh = fresh._replace(double=fresh.double._replace(v=0 * fresh.double.v))
+    if fresh.single is not None:
+        fresh = fresh._replace(single=fresh.single._replace(v=0 * fresh.single.v))
+    np.testing.assert_array_equal(model(fresh), base)
+    assert np.abs(model(image_prompt(1.0, blocks=blocks)) - base).max() > 1e-3
+
+
+def test_parameters_are_the_same_with_and_without_a_prompt():
+    spec = Flux.inputs_spec(CONFIG, B, I, T)
+    without = jax.eval_shape(Flux(CONFIG).init, jax.random.key(0), **spec)
+    assert without == jax.eval_shape(lambda k, x: Flux(CONFIG).init(k, **x, image_prompt=image_prompt()), jax.random.key(0), spec)
+
+
+def test_every_parameter_has_logical_axes():
+    tree = jax.eval_shape(Flux(CONFIG).init, jax.random.key(0), **Flux.inputs_spec(CONFIG))["params"]
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names")):
+        assert len(leaf.names) == leaf.value.ndim
+
+
+def block_run(block, rows, prompt):
+    shared = Shared(normal(1, B, CONFIG.hidden_size), ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), None)
+    params = block.init(jax.random.key(0), rows, shared, None)
+    return jax.jit(lambda p: block.apply(params, rows, shared, p)[0])(prompt)
+
+
+@pytest.mark.parametrize("branch", ["image", "text"])
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_each_gain_reaches_its_own_branch_only(kind, branch):
+    txt, img = normal(3, B, T, CONFIG.hidden_size), normal(4, B, I, CONFIG.hidden_size)
+    if kind == "double":
+        run = lambda p: dict(zip(("image", "text"), block_run(DoubleBlock(CONFIG), (img, txt), p), strict=True))  # noqa: E731
+    else:
+
+        def run(p):
+            rows = block_run(SingleBlock(CONFIG, T), jnp.concatenate([txt, img], axis=1), p)
+            return dict(text=rows[:, :T], image=rows[:, T:])
+
+    bank = KV(*(x[0] for x in kv(1)))
+    gains = dict(image_gain=jnp.zeros((B, S)), text_gain=jnp.zeros((B, S)))
+    off = run(BlockPrompt(bank, **gains))
+    on = run(BlockPrompt(bank, **gains | {f"{branch}_gain": jnp.ones((B, S))}))
+    other = {"image": "text", "text": "image"}[branch]
+    np.testing.assert_array_equal(on[other], off[other])
+    assert np.abs(on[branch] - off[branch]).max() > 1e-3
+
+
+def naive_reference_term(q, bank, gain):
+    out = np.zeros(q.shape)
+    for b, s, h in np.ndindex(B, S, CONFIG.num_heads):
+        k, v = (np.asarray(x)[b, s, :, h] for x in bank)
+        w = np.exp(np.asarray(q)[b, :, h] @ k.T / np.sqrt(CONFIG.head_dim))
+        out[b, :, h] += np.asarray(gain)[b, :, s, None] * (w / w.sum(-1, keepdims=True)) @ v
+    return out
+
+
+def test_injected_term_is_the_equation_with_the_query_before_rope():
+    q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
+    rope = ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000)
+    bank = KV(*(x[0] for x in kv(1)))
+    region = jax.random.uniform(jax.random.key(9), (B, S, I))
+    prompt = BlockPrompt(bank, jnp.array([[1.0, 0.5], [2.0, 0.0]]), jnp.array([[0.0, 0.3], [0.1, 0.0]]))
+    shared = Shared(q[:, 0, 0], rope, region)
+    term = flux._attend(CONFIG, q, k, v, shared, prompt, T) - flux._attend(CONFIG, q, k, v, shared, None, T)
+    gain = np.concatenate(
+        [np.repeat(prompt.text_gain[:, None], T, 1), np.asarray(prompt.image_gain)[:, None] * np.moveaxis(region, 1, 2)], axis=1
+    )
+    np.testing.assert_allclose(term, naive_reference_term(q, bank, gain), atol=2e-5)
+
+
+def test_disjoint_regions_leave_each_others_rows_untouched():
+    q = normal(0, B, I, CONFIG.num_heads, CONFIG.head_dim)
+    region = jnp.zeros((B, S, I)).at[:, 0, : I // 2].set(1).at[:, 1, I // 2 :].set(1)
+    gain = ops.row_gain(jnp.ones((B, S)), region, B, I)
+    bank = KV(*(x[0] for x in kv(1)))
+    swapped = KV(*(x.at[:, 1].set(normal(8, *x[:, 1].shape)) for x in bank))
+    before, after = (np.asarray(ops.reference_attention(q, b, gain)) for b in (bank, swapped))
+    np.testing.assert_array_equal(after[:, : I // 2], before[:, : I // 2])
+    assert np.abs(after[:, I // 2 :] - before[:, I // 2 :]).min(axis=-1).max() > 1e-3
+    alone = ops.reference_attention(q, KV(bank.k[:, :1], bank.v[:, :1]), gain[..., :1])
+    np.testing.assert_allclose(before[:, : I // 2], alone[:, : I // 2], atol=1e-6)
+
+
+def test_a_prompt_of_batch_one_serves_the_whole_batch(model):
+    one = image_prompt(1.0, 0.5, batch=1)
+    two = jax.tree.map(lambda x: jnp.repeat(x, B, axis=1), one._replace(region=None))
+    np.testing.assert_allclose(model(one), model(two), atol=1e-6)
+
+
+def test_a_prompt_for_another_base_is_refused(model):
+    good = image_prompt()
+    with pytest.raises(ValueError, match="made for another base"):
+        model(good._replace(double=KV(good.double.k[:1], good.double.v[:1])))
+    with pytest.raises(ValueError, match="gains for 3 blocks, expected 4"):
+        model(good._replace(image_gain=good.image_gain[:3], text_gain=good.text_gain[:3]))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_reach_the_bank_through_scan_and_remat(remat):
+    config = FluxConfig.tiny(remat=remat)
+    inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(config, B, I, T).items())}
+    params = Flux(config).init(jax.random.key(0), **inputs)
+    prompt = image_prompt(text_gain=1.0)
+    grads = jax.grad(lambda p: jnp.sum(Flux(config).apply(params, **inputs, image_prompt=p) ** 2))(prompt)
+    for g in jax.tree.leaves((grads.double, grads.single)):
+        assert bool(jnp.isfinite(g).all())
+        assert float(jnp.abs(g).reshape(len(g), -1).max(axis=1).min()) > 0  # in every block

@@ -1,0 +1,223 @@
+"""PyTorch checkpoints -> a dynaip_jax bundle.
+
+python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vit-large-patch14/ --out bundles/flux-dev
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynaip_jax.bundle import NewComponent, sha256_of, write_bundle
+from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.flow import ScheduleConfig
+from dynaip_jax.models.registry import config_to_dict
+from dynaip_jax.tensorfile import TensorFile
+from tools.convert_torch_weights import clip, flux, t5, vae
+
+STAGING_FROM = 1 << 26  # leaves of at least so many bytes are built on disk, not in memory
+
+
+class Source(NamedTuple):
+    """One component found: its config, its tensors, the files they lie in, and how to convert them."""
+
+    config: Any
+    tensors: Mapping[str, Any]
+    files: list[Path]
+    convert: Callable[..., dict[str, Any]]
+
+
+class Found(NamedTuple):
+    """What the sources hold together."""
+
+    components: dict[str, Source]
+    tokenizers: dict[str, Path]
+    scheduler: dict[str, Any] | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m tools.convert_torch_weights",
+        description="Converts PyTorch checkpoints (safetensors) of FLUX.1 and CLIP vision into a dynaip_jax bundle.",
+        epilog="""examples:
+  python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vit-large-patch14/ --out bundles/flux-dev
+  python -m tools.convert_torch_weights --source FLUX.1-dev/ --source my-finetune.safetensors --out bundles/mine
+  python -m tools.convert_torch_weights --source FLUX.1-dev/ --out bundles/flux-dev --dry-run""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--source", type=Path, action="append", required=True, metavar="DIR_OR_FILE",
+        help="a diffusers FLUX folder, or a BFL or diffusers single file of the transformer or the VAE; may be repeated: "
+        "a later source replaces the same component of an earlier one",
+    )  # fmt: skip
+    parser.add_argument("--clip-vision", type=Path, metavar="DIR", help="a transformers CLIP folder, for reference images")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the folder to write")
+    parser.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="keep", help="of the weights written")
+    parser.add_argument("--t5-length", type=int, metavar="N", help="T5 tokens a prompt (default: 512 dev, 256 schnell)")
+    parser.add_argument("--dry-run", action="store_true", help="check every name and shape, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    args = parser.parse_args(argv)
+    if args.t5_length is not None and args.t5_length < 1:
+        raise UserError(f"--t5-length {args.t5_length}: expected at least 1")
+
+    found = Found({}, {}, None)
+    for path in args.source:
+        new = _diffusers_folder(path) if path.is_dir() else _single_file(path)
+        found = Found(found.components | new.components, found.tokenizers | new.tokenizers, new.scheduler or found.scheduler)
+    if args.clip_vision is not None:
+        found.components["clip_vision"] = _clip_vision(args.clip_vision)
+
+    for name, source in found.components.items():
+        source.convert(source.tensors, source.config, check_only=True)
+        size = sum(f.stat().st_size for f in source.files) / 2**30
+        print(f"{name:12} {len(source.tensors):5} tensors {size:8.3f} GiB  {', '.join(str(f) for f in source.files)}")
+    if args.dry_run:
+        print("all names and shapes fit; nothing written (--dry-run)")
+        return 0
+
+    guided = "transformer" not in found.components or found.components["transformer"].config.guidance_embed
+    write_bundle(
+        args.out,
+        _converted(found.components, args.out, args.dtype),
+        family="flux",
+        schedule=asdict(_schedule(found.scheduler, guided)),
+        text=_text_lengths(found, args.t5_length or (512 if guided else 256)),
+        defaults=_defaults(found, guided),
+        tokenizers=found.tokenizers,
+        overwrite=args.overwrite,
+    )
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _converted(components: Mapping[str, Source], out: Path, dtype: str) -> Iterator[NewComponent]:
+    """Converts one component at a time; large leaves are memory-mapped files beside `out` that go away afterwards."""
+    for name, source in components.items():
+        print(f"{name}: converting", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
+            count = iter(range(1_000_000))
+
+            def empty(shape, leaf_dtype, staging=staging, count=count):
+                size = int(np.prod(shape)) * np.dtype(leaf_dtype).itemsize
+                if size < STAGING_FROM:
+                    return np.empty(shape, leaf_dtype)
+                return np.memmap(Path(staging) / str(next(count)), dtype=leaf_dtype, mode="w+", shape=shape)
+
+            options = dict(empty=empty) if dtype == "keep" else dict(empty=empty, dtype=np.dtype(dtype))
+            params = source.convert(source.tensors, source.config, **options)
+            provenance = [dict(file=f.name, sha256=sha256_of(f)) for f in source.files]
+            yield NewComponent(name, config_to_dict(source.config), params, provenance)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: missing; expected it in a folder written by save_pretrained; download it again") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e}); download it again") from e
+
+
+def _tensors(folder: Path, *stems: str) -> tuple[Mapping[str, Any], list[Path]]:
+    """The tensors of a component folder: one safetensors file, a sharded set, or Flax CLIP's msgpack."""
+    for stem in stems:
+        for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
+            if (folder / name).is_file():
+                file = TensorFile(folder / name)
+                return file, file.files
+    msgpack = folder / "flax_model.msgpack"
+    if msgpack.is_file():
+        return clip.from_flax(msgpack), [msgpack]
+    raise UserError(
+        f"{folder}: no weights; expected {' or '.join(f'{s}.safetensors' for s in stems)} (or their sharded index); "
+        "pickled .bin files are not read: save the model again with safe_serialization=True"
+    )
+
+
+def _diffusers_folder(path: Path) -> Found:
+    index = _read_json(path / "model_index.json")
+    if index.get("_class_name") != "FluxPipeline":
+        raise UserError(f"--source {path}: unknown family {index.get('_class_name')!r}; expected FluxPipeline (FLUX.1-dev, -schnell)")
+    plan = {
+        "transformer": ("transformer", flux.config_from_diffusers, flux.params_from_torch, "diffusion_pytorch_model"),
+        "vae": ("vae", vae.config_from_diffusers, vae.params_from_torch, "diffusion_pytorch_model"),
+        "t5": ("text_encoder_2", t5.T5Config.from_hf, t5.params_from_torch, "model"),
+        "clip_text": ("text_encoder", clip.CLIPTextConfig.from_hf, clip.text_params_from_torch, "model"),
+    }
+    components = {}
+    for name, (folder, config, convert, stem) in plan.items():
+        tensors, files = _tensors(path / folder, stem)
+        components[name] = Source(_config(path / folder, config), tensors, files, convert)
+    tokenizers = {"clip": path / "tokenizer", "t5": path / "tokenizer_2"}
+    for folder in tokenizers.values():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: missing; expected a tokenizer; download the model again")
+    return Found(components, tokenizers, _read_json(path / "scheduler" / "scheduler_config.json"))
+
+
+def _config(folder: Path, read: Callable[[dict[str, Any]], Any], part: str | None = None) -> Any:
+    values = _read_json(folder / "config.json")
+    try:
+        return read(values.get(part, values) if part else values)
+    except UserError as e:
+        raise UserError(f"{folder / 'config.json'}: {e}") from e
+    except (KeyError, TypeError, ValueError) as e:
+        what = f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)
+        raise UserError(f"{folder / 'config.json'}: {what}; expected a config of this kind of model; download it again") from e
+
+
+def _single_file(path: Path) -> Found:
+    file = TensorFile(path)
+    if any(n.startswith(("decoder.conv_in.", "decoder.mid")) for n in file):
+        component = {"vae": Source(vae.VAEConfig.flux(), file, file.files, vae.params_from_torch)}
+    else:
+        shapes = {n: file.shape(n) for n in file}
+        if flux.layout_of(shapes) != "bfl":
+            raise UserError(f"--source {path}: a diffusers transformer without its config; pass the folder that holds model_index.json")
+        component = {"transformer": Source(flux.config_from_bfl(shapes), file, file.files, flux.params_from_torch)}
+    return Found(component, {}, None)
+
+
+def _clip_vision(path: Path) -> Source:
+    if not path.is_dir():
+        raise UserError(f"--clip-vision {path}: no such folder; expected a transformers CLIP folder (openai/clip-vit-large-patch14)")
+    config = _config(path, clip.CLIPVisionConfig.from_hf, "vision_config")
+    tensors, files = _tensors(path, "model")
+    return Source(config, tensors, files, clip.vision_params_from_torch)
+
+
+def _schedule(scheduler: dict[str, Any] | None, guided: bool) -> ScheduleConfig:
+    if scheduler is None:
+        return ScheduleConfig(dynamic=guided)
+    names = dict(
+        dynamic="use_dynamic_shifting", base_tokens="base_image_seq_len", max_tokens="max_image_seq_len",
+        base_shift="base_shift", max_shift="max_shift", shift="shift",
+    )  # fmt: skip
+    return ScheduleConfig(**{ours: scheduler[theirs] for ours, theirs in names.items() if scheduler.get(theirs) is not None})
+
+
+def _text_lengths(found: Found, t5_length: int) -> dict[str, int]:
+    clip_length = 77
+    if "clip_text" in found.components:
+        clip_length = found.components["clip_text"].config.max_position_embeddings
+        config = found.tokenizers["clip"] / "tokenizer_config.json"
+        if config.is_file():
+            clip_length = int(min(clip_length, _read_json(config).get("model_max_length") or clip_length))
+    return dict(t5_length=t5_length, clip_length=clip_length)
+
+
+def _defaults(found: Found, guided: bool) -> dict[str, Any]:
+    downsample = found.components["vae"].config.downsample if "vae" in found.components else 8
+    return dict(steps=28 if guided else 4, guidance=3.5 if guided else None, height=128 * downsample, width=128 * downsample)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,30 @@
+"""Part of a source of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class Selection(Mapping[str, Any]):
+    """The tensors whose name `keep` accepts; the others are left out on purpose."""
+
+    def __init__(self, tensors: Mapping[str, Any], keep: Callable[[str], bool]):
+        self._tensors = tensors
+        self._names = [n for n in tensors if keep(n)]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it where the source can tell."""
+        shape_of = getattr(self._tensors, "shape", None)
+        return shape_of(name) if shape_of else tuple(np.shape(self._tensors[name]))
