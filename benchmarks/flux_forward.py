@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 from pathlib import Path
 
 import jax
@@ -40,15 +41,29 @@ def main() -> int:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        num_layers=4, num_single_layers=8, attention_head_dim=64, num_attention_heads=12, joint_attention_dim=1024,
-        pooled_projection_dim=768, axes_dims_rope=(8, 28, 28), guidance_embeds=True,
-    ).eval()  # fmt: skip
+    model: Any = FluxTransformer2DModel(
+        num_layers=4,
+        num_single_layers=8,
+        attention_head_dim=64,
+        num_attention_heads=12,
+        joint_attention_dim=1024,
+        pooled_projection_dim=768,
+        axes_dims_rope=(8, 28, 28),
+        guidance_embeds=True,
+    )
+    model.eval()
     config = convert_flux.config_from_diffusers(dict(model.config))
     params = jax.device_put(convert_flux.params_from_torch(model.state_dict(), config))
     rng = np.random.default_rng(0)
-    x = {k: rng.normal(size=s.shape).astype(np.float32) for k, s in Flux.inputs_spec(config, 1, GRID * GRID, TEXT).items()}
-    x |= dict(img_ids=ops.image_ids(2 * GRID, 2 * GRID), txt_ids=np.zeros((1, TEXT, 3), np.float32), timesteps=np.float32([0.5]))
+    x = {
+        k: rng.normal(size=s.shape).astype(np.float32)
+        for k, s in Flux.inputs_spec(config, 1, GRID * GRID, TEXT).items()
+    }
+    x |= dict(
+        img_ids=ops.image_ids(2 * GRID, 2 * GRID),
+        txt_ids=np.zeros((1, TEXT, 3), np.float32),
+        timesteps=np.array([0.5], np.float32),
+    )
 
     forward = jax.jit(Flux(config).apply)
     start = time.perf_counter()
@@ -66,9 +81,14 @@ def main() -> int:
     def theirs() -> np.ndarray:
         with torch.no_grad():
             return model(
-                hidden_states=tensors["img"], encoder_hidden_states=tensors["txt"], pooled_projections=tensors["pooled"],
-                timestep=tensors["timesteps"], guidance=tensors["guidance"], img_ids=tensors["img_ids"][0], txt_ids=tensors["txt_ids"][0],
-            ).sample.numpy()  # fmt: skip
+                hidden_states=tensors["img"],
+                encoder_hidden_states=tensors["txt"],
+                pooled_projections=tensors["pooled"],
+                timestep=tensors["timesteps"],
+                guidance=tensors["guidance"],
+                img_ids=tensors["img_ids"][0],
+                txt_ids=tensors["txt_ids"][0],
+            ).sample.numpy()
 
     runs = {
         "diffusers": theirs,

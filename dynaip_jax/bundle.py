@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +25,21 @@ BUNDLE_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS = "bundle.json", "adapter.json", "ada
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, overwrite: bool, option: str = "--out") -> Iterator[Path]:
+def replacing(
+    path: Path, *, overwrite: bool, option: str = "--out", marks: Sequence[str] = (BUNDLE_FILE, ADAPTER_FILE)
+) -> Iterator[Path]:
     """A new empty folder that becomes `path` when the block ends well, and disappears when it does not.
 
-    Raises `UserError` if `path` exists and `overwrite` is false, or if its parent is not a folder one can write to.
+    Raises `UserError` if `path` exists and `overwrite` is false, if it holds something else (none of the files `marks`),
+    or if its parent is not a folder one can write to.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{option} {path}: already exists; choose another name or pass --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not any((path / f).is_file() for f in (BUNDLE_FILE, ADAPTER_FILE)):
-        raise UserError(f"{option} {path}: holds something that is neither a bundle nor an adapter; choose another name")
+    if path.is_dir() and any(path.iterdir()) and not any((path / f).is_file() for f in marks):
+        raise UserError(
+            f"{option} {path}: holds something else (there is no {' or '.join(marks)} in it); choose another name"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -52,7 +57,9 @@ def replacing(path: Path, *, overwrite: bool, option: str = "--out") -> Iterator
         elif old.exists():
             old.unlink()
     except OSError as e:
-        raise UserError(f"{option} {path}: writing failed ({e.strerror or e}); nothing was changed; free space or choose another disk") from e
+        raise UserError(
+            f"{option} {path}: writing failed ({e.strerror or e}); nothing was changed; free space or choose another disk"
+        ) from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -107,7 +114,9 @@ class Bundle:
                 "use a newer dynaip_jax or another model"
             )
         if not isinstance(manifest.get("components"), dict):
-            raise UserError(f"{path / BUNDLE_FILE}: no components; expected what the converter writes; convert the model again")
+            raise UserError(
+                f"{path / BUNDLE_FILE}: no components; expected what the converter writes; convert the model again"
+            )
         return cls(path, manifest)
 
     @property
@@ -132,7 +141,6 @@ class Bundle:
 
         `target`: a tree of `jax.ShapeDtypeStruct`. Raises `UserError` if the checkpoint is missing, damaged or of other shapes.
         """
-        import jax
         import orbax.checkpoint as ocp
 
         folder = self.path / name
@@ -141,8 +149,8 @@ class Bundle:
             raise UserError(f"{folder}: missing; expected the weights of {name}; {advice}")
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                found = checkpointer.metadata(folder.absolute()).item_metadata
-                shapes = {k: tuple(v.shape) for k, v in flatten(found).items()} if found is not None else {}
+                found = checkpointer.metadata(folder.absolute()).item_metadata.tree
+                shapes = {k: tuple(v.shape) for k, v in flatten(found).items()}
                 expected = {k: tuple(v.shape) for k, v in flatten(target).items()}
                 if shapes != expected:
                     name_, got = next(iter(dict(set(shapes.items()) ^ set(expected.items())).items()))
@@ -154,7 +162,9 @@ class Bundle:
         except UserError:
             raise
         except (ValueError, KeyError, OSError, TypeError, RuntimeError, AttributeError) as e:
-            raise UserError(f"{folder}: cannot be read ({str(e)[:160]}); expected whole weights of {name}; {advice}") from e
+            raise UserError(
+                f"{folder}: cannot be read ({str(e)[:160]}); expected whole weights of {name}; {advice}"
+            ) from e
 
 
 class NewComponent(NamedTuple):
@@ -197,14 +207,26 @@ def write_bundle(
         for name, folder in tokenizers.items():
             shutil.copytree(folder, work / "tokenizers" / name)
         manifest = dict(
-            format="dynaip-bundle", format_version=FORMAT_VERSION, family=family, fingerprint=base, components=entries,
-            schedule=schedule, text=text, defaults=defaults,
-        )  # fmt: skip
+            format="dynaip-bundle",
+            format_version=FORMAT_VERSION,
+            family=family,
+            fingerprint=base,
+            components=entries,
+            schedule=schedule,
+            text=text,
+            defaults=defaults,
+        )
         (work / BUNDLE_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def write_adapter(
-    path: Path, config: dict[str, Any], params: Mapping[str, Any], *, base: dict[str, str], step: int, conventions: dict[str, Any],
+    path: Path,
+    config: dict[str, Any],
+    params: Mapping[str, Any],
+    *,
+    base: dict[str, str],
+    step: int,
+    conventions: dict[str, Any],
     overwrite: bool = False,
 ) -> None:
     """Writes an adapter folder. `base`: {"family", "fingerprint"} of the transformer it belongs to; `step`: training step."""
@@ -213,7 +235,12 @@ def write_adapter(
     with replacing(path, overwrite=overwrite) as work:
         save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, work / ADAPTER_WEIGHTS)
         manifest = dict(
-            format="dynaip-adapter", format_version=FORMAT_VERSION, config=config, base=base, training_step=step, conventions=conventions
+            format="dynaip-adapter",
+            format_version=FORMAT_VERSION,
+            config=config,
+            base=base,
+            training_step=step,
+            conventions=conventions,
         )
         (work / ADAPTER_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -227,7 +254,9 @@ def read_adapter_manifest(path: str | Path, *, base: Bundle, any_base: bool = Fa
     manifest = _read_manifest(path, ADAPTER_FILE, "dynaip-adapter", "--adapter", "export the adapter again")
     made_for, family = manifest.get("base", {}), base.manifest["family"]
     if made_for.get("family") != family:
-        raise UserError(f"--adapter {path}: made for family {made_for.get('family')!r}; the model is {family!r}; use an adapter for it")
+        raise UserError(
+            f"--adapter {path}: made for family {made_for.get('family')!r}; the model is {family!r}; use an adapter for it"
+        )
     if made_for.get("fingerprint") != base.fingerprint and not any_base:
         raise UserError(
             f"--adapter {path}: made for another base (fingerprint {str(made_for.get('fingerprint'))[:12]}, this model has "
@@ -265,11 +294,13 @@ def _read_manifest(path: Path, file: str, kind: str, option: str, remedy: str) -
     try:
         manifest = json.loads((path / file).read_text())
     except FileNotFoundError as e:
-        raise UserError(f"{option} {path}: no {file} in it; expected a folder made by dynaip_jax; check the path") from e
+        raise UserError(
+            f"{option} {path}: no {file} in it; expected a folder made by dynaip_jax; check the path"
+        ) from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path / file}: not readable as JSON ({e}); {remedy}") from e
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
-        raise UserError(f"{path / file}: not a {kind} file; expected \"format\": \"{kind}\"; {remedy}")
+        raise UserError(f'{path / file}: not a {kind} file; expected "format": "{kind}"; {remedy}')
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path / file}: format version {manifest.get('format_version')}; this program reads version {FORMAT_VERSION}; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from dynaip_jax.errors import Parser, UserError, run_cli
@@ -35,44 +34,83 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dynaip_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser(
-        "sample", help="make pictures", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "sample",
+        help="make pictures",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Makes pictures from a prompt and reference pictures. Options left out take the model's own defaults.",
-    )  # fmt: skip
+    )
     files = p.add_argument_group("model and files")
-    files.add_argument("--model", type=Path, metavar="BUNDLE", help="converted base model (default: the embedded tiny one)")
+    files.add_argument(
+        "--model", type=Path, metavar="BUNDLE", help="converted base model (default: the embedded tiny one)"
+    )
     files.add_argument("--adapter", type=Path, metavar="DIR", help="trained adapter; without it plain text to image")
-    files.add_argument("--any-base", action="store_true", help="accept an adapter trained on another base of the same sizes")
+    files.add_argument(
+        "--any-base", action="store_true", help="accept an adapter trained on another base of the same sizes"
+    )
     files.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
-    files.add_argument("--output", type=Path, required=True, metavar="OUT.png", help="the picture, or the grid of several")
+    files.add_argument(
+        "--output", type=Path, required=True, metavar="OUT.png", help="the picture, or the grid of several"
+    )
     files.add_argument("--overwrite", action="store_true", help="replace existing pictures")
 
     what = p.add_argument_group("what to make")
     what.add_argument("--prompt", required=True, metavar="TEXT")
     what.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from (true CFG: two passes a step)")
-    what.add_argument("--true-cfg", type=float, metavar="X", help="scale of true CFG (default 4, with a negative prompt)")
+    what.add_argument(
+        "--true-cfg", type=float, metavar="X", help="scale of true CFG (default 4, with a negative prompt)"
+    )
     what.add_argument("--height", type=int, metavar="PX", help="multiple of 16")
     what.add_argument("--width", type=int, metavar="PX", help="multiple of 16")
     what.add_argument("--steps", type=int, metavar="N")
     what.add_argument("--guidance", type=float, metavar="X", help="embedded guidance scale (dev models)")
     what.add_argument("--seed", type=int, metavar="N", help="image k uses seed N + k (default 0)")
     what.add_argument("--num-images", type=int, metavar="N")
-    what.add_argument("--noise", type=Path, metavar="FILE.npy", help="initial latents [b, 16, h/8, w/8] in place of a seed")
+    what.add_argument(
+        "--noise", type=Path, metavar="FILE.npy", help="initial latents [b, 16, h/8, w/8] in place of a seed"
+    )
 
     ref = p.add_argument_group("reference pictures")
-    ref.add_argument("--reference", type=Path, action="append", default=[], metavar="IMG", help="a subject; repeat for more")
     ref.add_argument(
-        "--mask", type=Path, action="append", default=[], metavar="IMG",
+        "--reference", type=Path, action="append", default=[], metavar="IMG", help="a subject; repeat for more"
+    )
+    ref.add_argument(
+        "--mask",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="IMG",
         help="white where that subject may appear in the output; none, or one a reference, in the same order",
-    )  # fmt: skip
-    ref.add_argument("--fit", choices=("pad", "crop"), help="how a reference that is not square becomes so (default pad)")
+    )
+    ref.add_argument(
+        "--fit", choices=("pad", "crop"), help="how a reference that is not square becomes so (default pad)"
+    )
     ref.add_argument("--image-scale", type=float, metavar="X", help="strength in the image branch (default 1; 0 = off)")
     ref.add_argument("--text-gain", type=float, metavar="X", help="strength in the text branch (default 0 = DDS)")
     ref.add_argument(
-        "--granularity", type=float, nargs=3, metavar=("LOW", "MID", "HIGH"), help="weights of CLIP's levels (default: router)"
+        "--granularity",
+        type=float,
+        nargs=3,
+        metavar=("LOW", "MID", "HIGH"),
+        help="weights of CLIP's levels (default: router)",
     )
-    ref.add_argument("--image-start", type=float, metavar="F", help="share of steps before the reference acts (default 0)")
-    ref.add_argument("--image-end", type=float, metavar="F", help="share of steps after which it no longer acts (default 1)")
+    ref.add_argument(
+        "--image-start", type=float, metavar="F", help="share of steps before the reference acts (default 0)"
+    )
+    ref.add_argument(
+        "--image-end", type=float, metavar="F", help="share of steps after which it no longer acts (default 1)"
+    )
     p.set_defaults(run=sample)
+
+    p = commands.add_parser(
+        "demo",
+        help="one figure of what the options do, with the embedded tiny model",
+        description="Draws a figure with the embedded tiny model on a photograph: text only, reference, text branch, granularity.",
+    )
+    p.add_argument("--reference", type=Path, metavar="IMG", help="a picture of your own (default: the one that comes along)")
+    p.add_argument("--output", type=Path, default=Path("demo.png"), metavar="OUT.png", help="default: demo.png")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing picture")
+    p.set_defaults(run=demo)
     return parser
 
 
@@ -81,17 +119,29 @@ def sample(args: argparse.Namespace) -> int:
     options = {
         name: getattr(args, name)
         for name in (
-            "negative_prompt", "true_cfg", "height", "width", "steps", "guidance", "seed", "num_images", "fit", "image_scale",
-            "text_gain", "granularity", "image_start", "image_end",
+            "negative_prompt",
+            "true_cfg",
+            "height",
+            "width",
+            "steps",
+            "guidance",
+            "seed",
+            "num_images",
+            "fit",
+            "image_scale",
+            "text_gain",
+            "granularity",
+            "image_start",
+            "image_end",
         )
         if getattr(args, name) is not None
-    }  # fmt: skip
+    }
     if not args.reference:
         for name in ("mask", "fit", "image_scale", "text_gain", "granularity", "image_start", "image_end"):
             if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG")
-    if args.output.suffix.lower() != ".png":
-        raise UserError(f"--output {args.output}: expected a name that ends in .png")
+                raise UserError(
+                    f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG"
+                )
 
     from dynaip_jax.data import images
 
@@ -102,7 +152,8 @@ def sample(args: argparse.Namespace) -> int:
     outputs = [args.output]
     if count > 1:
         outputs += [args.output.with_name(f"{args.output.stem}_{k}.png") for k in range(count)]
-    images.check_outputs(outputs, overwrite=args.overwrite)
+    for path in outputs:
+        images.check_png_path(path, overwrite=args.overwrite)
     references = [images.load_image(r) for r in args.reference]
 
     import warnings
@@ -122,17 +173,19 @@ def sample(args: argparse.Namespace) -> int:
     for note in result.warnings:
         print(f"warning: {note}", file=sys.stderr)
 
-    settings = dict(
-        program=f"dynaip_jax {__version__}", prompt=args.prompt, model=str(model), base=pipe.bundle.fingerprint,
-        adapter=None if adapter is None else str(adapter), reference=[str(r) for r in args.reference], mask=[str(m) for m in args.mask],
-        noise=None if args.noise is None else str(args.noise), **{k: v for k, v in options.items() if k not in ("noise", "seed", "num_images")},
-        **{k: v for k, v in pipe.defaults.items() if k not in options and v is not None},
-    )  # fmt: skip
+    settings = result.settings | dict(
+        program=f"dynaip_jax {__version__}",
+        model=str(model),
+        base=pipe.bundle.fingerprint,
+        adapter=None if adapter is None else str(adapter),
+        reference=[str(r) for r in args.reference],
+        mask=[str(m) for m in args.mask],
+        noise=None if args.noise is None else str(args.noise),
+    )
     if result.routing is not None:
-        settings["routing"] = result.routing.round(4).tolist()
         for name, (low, mid, high) in zip(args.reference, result.routing, strict=True):
             print(f"{name}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)
-    seeds = result.seeds or [None] * len(result.images)
+    seeds: list[int | None] = list(result.seeds) if result.seeds else [None] * len(result.images)
     singles = outputs[1:] if count > 1 else outputs
     for image, path, seed in zip(result.images, singles, seeds, strict=True):
         images.save_png(image, path, settings | dict(seed=seed), overwrite=args.overwrite)
@@ -140,6 +193,19 @@ def sample(args: argparse.Namespace) -> int:
     if count > 1:
         images.save_png(images.grid(result.images), args.output, settings | dict(seed=seeds), overwrite=args.overwrite)
         print(args.output)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """`dynaip demo`."""
+    from dynaip_jax.data import images
+
+    images.check_png_path(args.output, overwrite=args.overwrite)
+
+    from dynaip_jax import demo as figure
+
+    figure.draw(args.reference, args.output, overwrite=args.overwrite)
+    print(args.output)
     return 0
 
 

@@ -39,29 +39,39 @@ def make_bundle(path: Path, overwrite: bool = False) -> None:
     from dynaip_jax.flow import ScheduleConfig
     from dynaip_jax.models.registry import COMPONENTS, config_to_dict, init_params
 
-    configs = {name: c.config.tiny() for name, c in COMPONENTS.items()}
+    vocab = _vocabulary()
+    words = dict(t5=dict(vocab_size=len(vocab)), clip_text=dict(vocab_size=len(vocab), eos_token_id=vocab["</s>"]))
+    configs = {name: c.config.tiny(**words.get(name, {})) for name, c in COMPONENTS.items()}
 
     def components() -> Iterator[NewComponent]:
         for i, (name, config) in enumerate(configs.items()):
-            params = jax.jit(lambda key, n=name, c=config: init_params(n, c, key))(jax.random.fold_in(jax.random.key(SEED), i))
-            yield NewComponent(name, config_to_dict(config), jax.tree.map(np.asarray, params), [dict(made_from=f"seed {SEED}")])
+            params = jax.jit(lambda key, n=name, c=config: init_params(n, c, key))(
+                jax.random.fold_in(jax.random.key(SEED), i)
+            )
+            yield NewComponent(
+                name, config_to_dict(config), jax.tree.map(np.asarray, params), [dict(made_from=f"seed {SEED}")]
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         write_bundle(
-            path, components(), family="flux", schedule=asdict(ScheduleConfig()), overwrite=overwrite,
+            path,
+            components(),
+            family="flux",
+            schedule=asdict(ScheduleConfig()),
+            overwrite=overwrite,
             text=dict(t5_length=128, clip_length=configs["clip_text"].max_position_embeddings),
             defaults=dict(steps=STEPS, guidance=3.5, height=SIZE, width=SIZE),
             tokenizers=_tokenizers(Path(folder)),
-        )  # fmt: skip
+        )
 
 
 def make_adapter(path: Path, bundle: Path, overwrite: bool = False) -> None:
-    """Writes an adapter for the tiny bundle. Its value projections are random too: zero ones, a fresh adapter's, would
-    change nothing."""
+    """Writes an adapter for the tiny bundle. What starts at zero in a fresh adapter, and so would change nothing (value
+    projections) or show nothing (the router), is random here."""
     import jax
     import numpy as np
 
-    from dynaip_jax.adapter.dynaip import DynaIPConfig, abstract_adapter_params, adapter_to_dict, init_adapter_params
+    from dynaip_jax.adapter.dynaip import DynaIPConfig, adapter_to_dict, init_adapter_params
     from dynaip_jax.bundle import Bundle, write_adapter
     from dynaip_jax.models.registry import COMPONENTS, FAMILIES
 
@@ -69,30 +79,47 @@ def make_adapter(path: Path, bundle: Path, overwrite: bool = False) -> None:
     vision = base.config("clip_vision", COMPONENTS["clip_vision"].config)
     n = vision.num_hidden_layers
     config = DynaIPConfig.for_base(
-        base.config("transformer", COMPONENTS["transformer"].config), vision.hidden_size,
+        base.config("transformer", COMPONENTS["transformer"].config),
+        vision.hidden_size,
         hmoe=dict(levels=(max(1, n - 2), n - 1, n), expert_width=2 * vision.hidden_size),
-    )  # fmt: skip
+    )
     params = init_adapter_params(config, jax.random.key(SEED))
-    values = abstract_adapter_params(config)["double"]["value"]
-    params["double"]["value"] = jax.random.normal(jax.random.key(SEED + 1), values.shape) * values.shape[1] ** -0.5
+    value_key, router_key = jax.random.split(jax.random.key(SEED + 1))
+    values, router = params["double"]["value"], params["hmoe"]["router"]["kernel"]
+    params["double"]["value"] = jax.random.normal(value_key, values.shape) * values.shape[1] ** -0.5
+    params["hmoe"]["router"]["kernel"] = jax.random.normal(router_key, router.shape) * router.shape[0] ** -0.5
     write_adapter(
-        path, adapter_to_dict(config), jax.tree.map(np.asarray, params), step=0, overwrite=overwrite,
-        base=dict(family=base.manifest["family"], fingerprint=base.fingerprint), conventions=dict(trained=False),
-    )  # fmt: skip
+        path,
+        adapter_to_dict(config),
+        jax.tree.map(np.asarray, params),
+        step=0,
+        overwrite=overwrite,
+        base=dict(family=base.manifest["family"], fingerprint=base.fingerprint),
+        conventions=dict(trained=False),
+    )
+
+
+SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
+
+
+def _vocabulary() -> dict[str, int]:
+    """Token -> id: the special tokens, then one token a byte."""
+    from tokenizers import pre_tokenizers
+
+    return {t: i for i, t in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
 
 
 def _tokenizers(folder: Path) -> dict[str, Path]:
-    """Byte-level tokenizers in the form that transformers reads: one token a byte, no merges."""
+    """Byte-level tokenizers, without merges, in the form that transformers reads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    special = ["<pad>", "</s>", "<s>", "<unk>"]
-    vocab = {t: i for i, t in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab = _vocabulary()
     found = {}
     for name, template in (("t5", "$A </s>"), ("clip", "<s> $A </s>")):
         tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens(special)
+        tokenizer.add_special_tokens(list(SPECIAL))
         tokenizer.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[(t, vocab[t]) for t in ("<s>", "</s>")]
         )

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +36,32 @@ class TextCondition(NamedTuple):
 
 class Generation(NamedTuple):
     """`images`; their `seeds` (None with injected noise); `routing`: float32 `[s, 3]`, low, mid and high weight of each
-    reference (averaged over tokens for a token router), or None without references; `warnings`: lines worth showing."""
+    reference (averaged over tokens for a token router), or None without references; `settings`: every option as it was
+    used, defaults filled in; `warnings`: lines worth showing."""
 
     images: list[Image.Image]
     seeds: list[int] | None
     routing: np.ndarray | None
+    settings: dict[str, Any]
     warnings: list[str]
 
 
 class DynaIPPipeline:
     """A base model, optionally with an adapter, ready to make pictures. Made by `load`."""
 
-    def __init__(self, bundle: Bundle, configs: dict, params: dict, tokenizers: Tokenizers, adapter: tuple | None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        configs: dict[str, Any],
+        params: dict[str, Any],
+        tokenizers: Tokenizers,
+        adapter: tuple[DynaIPConfig, Any] | None,
+    ):
         self.bundle = bundle
         self.configs = configs
         self.params = params
         self.tokenizers = tokenizers
-        self.adapter = adapter  # (DynaIPConfig, params) or None
+        self.adapter = adapter
         self.defaults = bundle.manifest["defaults"]
         self.schedule = flow.ScheduleConfig(**bundle.manifest["schedule"])
 
@@ -77,13 +86,13 @@ class DynaIPPipeline:
             kind = jnp.float32 if name == "vae" else compute
             configs[name] = opened.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
         _check_widths(opened, configs)
-        adapter_config = _adapter_config(adapter, opened, configs, any_base, compute) if adapter is not None else None
+        adapter_config = None if adapter is None else _adapter_config(adapter, opened, configs, any_base, compute)
 
         params = {name: opened.load(name, abstract_params(name, configs[name])) for name in names}
         lengths = opened.manifest["text"]
         tokenizers = Tokenizers.load(opened.path / "tokenizers", lengths["t5_length"], lengths["clip_length"])
         with_adapter = None
-        if adapter_config is not None:
+        if adapter is not None and adapter_config is not None:
             target = abstract_adapter_params(adapter_config)
             weights = read_adapter_weights(adapter, target)
             with_adapter = adapter_config, jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), weights, target)
@@ -94,7 +103,7 @@ class DynaIPPipeline:
         prompt: str,
         references: Sequence[Picture] = (),
         *,
-        masks: Sequence[Picture] = (),
+        masks: Sequence[str | Path | np.ndarray] = (),
         negative_prompt: str | None = None,
         true_cfg: float | None = None,
         seed: int | None = None,
@@ -109,7 +118,7 @@ class DynaIPPipeline:
         granularity: Sequence[float] | None = None,
         image_start: float = 0.0,
         image_end: float = 1.0,
-        fit: str = "pad",
+        fit: Literal["pad", "crop"] = "pad",
         progress: bool = False,
     ) -> Generation:
         """Makes pictures. Every option left at None takes the bundle's default.
@@ -143,7 +152,6 @@ class DynaIPPipeline:
 
         latent = (vae.z_channels, height // vae.downsample, width // vae.downsample)
         noise, seeds = _initial_noise(noise, seed, num_images, latent)
-        batch = noise.shape[0]
 
         notes = [
             f"prompt: the {encoder} encoder takes no more; it does not see: {tail!r}"
@@ -155,11 +163,11 @@ class DynaIPPipeline:
         text = self.encode_text([prompt] + ([negative_prompt] if negative_prompt is not None else []))
         image_prompt, routing = None, None
         if references:
-            pixels = np.stack([images.clip_pixels(_rgb(r), self.configs["clip_vision"].image_size, fit) for r in references])
+            size = self.configs["clip_vision"].image_size
+            pixels = np.stack([images.clip_pixels(_rgb(r), size, fit) for r in references])
             region = None
             if masks:
-                loaded = [images.load_mask(m, height, width) for m in masks]
-                region = jnp.asarray(images.regions(loaded, multiple))[None]
+                region = images.regions([_mask(m, height, width) for m in masks], multiple)[None]
             image_prompt, weights = self.image_prompt(
                 pixels[None], image_gain=image_scale, text_gain=text_gain, granularity=granularity, region=region
             )
@@ -168,61 +176,106 @@ class DynaIPPipeline:
         times = flow.schedule(steps, (latent[1] // 2) * (latent[2] // 2), self.schedule)
         with _progress_bar(steps, progress) as reporting:
             latents = denoise(
-                self.configs["transformer"], self.params["transformer"], jnp.asarray(noise), text, image_prompt, jnp.asarray(times),
+                self.configs["transformer"],
+                self.params["transformer"],
+                jnp.asarray(noise),
+                text,
+                image_prompt,
+                jnp.asarray(times),
                 guidance=None if guidance is None else jnp.float32(guidance),
                 true_cfg=None if cfg is None else jnp.float32(cfg),
                 window=jnp.array([image_start, image_end], jnp.float32),
                 reporting=reporting,
-            )  # fmt: skip
+            )
             latents.block_until_ready()
-        pixels = np.asarray(decode(vae, self.params["vae"], latents))
-        if not np.isfinite(pixels).all():
+        decoded = np.asarray(decode(vae, self.params["vae"], latents))
+        if not np.isfinite(decoded).all():
             self._blame_nan()
-        return Generation([Image.fromarray(images.to_uint8(p)) for p in pixels[:batch]], seeds, routing, notes)
+        settings: dict[str, Any] = dict(prompt=prompt, steps=steps, guidance=guidance, height=height, width=width)
+        if cfg is not None:
+            settings |= dict(negative_prompt=negative_prompt, true_cfg=cfg)
+        if routing is not None:
+            settings |= dict(
+                image_scale=image_scale,
+                text_gain=text_gain,
+                granularity=granularity,
+                image_start=image_start,
+                image_end=image_end,
+                fit=fit,
+                routing=routing.round(4).tolist(),
+            )
+        return Generation([Image.fromarray(images.to_uint8(p)) for p in decoded], seeds, routing, settings, notes)
 
     def encode_text(self, prompts: Sequence[str]) -> TextCondition:
         """T5 states `[n, t, c]` and CLIP pooled vectors `[n, c]` of `prompts`."""
         return encode_text(
-            self.configs["t5"], self.configs["clip_text"], self.params["t5"], self.params["clip_text"],
-            self.tokenizers.t5(prompts), self.tokenizers.clip(prompts),
-        )  # fmt: skip
+            self.configs["t5"],
+            self.configs["clip_text"],
+            self.params["t5"],
+            self.params["clip_text"],
+            self.tokenizers.t5(prompts),
+            self.tokenizers.clip(prompts),
+        )
 
     def image_prompt(self, pixels: np.ndarray, **options: Any) -> tuple[ImagePrompt, jax.Array]:
         """The `ImagePrompt` and routing weights of reference pixels `[b, s, size, size, 3]`; `options`: see `DynaIP`."""
+        if self.adapter is None:
+            raise ValueError("this pipeline was loaded without an adapter")
         config, params = self.adapter
         options = {k: None if v is None else jnp.asarray(v, jnp.float32) for k, v in options.items()}
-        return make_image_prompt(self.configs["clip_vision"], config, self.params["clip_vision"], params, pixels, options)
+        return make_image_prompt(
+            self.configs["clip_vision"], config, self.params["clip_vision"], params, pixels, options
+        )
 
     def _guidance(self, guidance: float | None) -> float | None:
         if self.configs["transformer"].guidance_embed:
             return self.defaults["guidance"] if guidance is None else guidance
         if guidance is not None:
-            raise UserError(f"--guidance {guidance}: this model has no guidance embedding; leave it out (or use --true-cfg)")
+            raise UserError(
+                f"--guidance {guidance}: this model has no guidance embedding; leave it out (or use --true-cfg)"
+            )
         return None
 
     def _check_image_options(self, references, masks, image_scale, text_gain, granularity, start, end) -> None:
         if references and self.adapter is None:
             raise UserError("--reference: no adapter is loaded; pass --adapter DIR, or leave the references out")
         if self.adapter is not None and not references:
-            raise UserError("--adapter: no reference picture to use it on; pass --reference IMG, or leave the adapter out")
+            raise UserError(
+                "--adapter: no reference picture to use it on; pass --reference IMG, or leave the adapter out"
+            )
         if masks and len(masks) != len(references):
-            raise UserError(f"--mask: {len(masks)} masks for {len(references)} references; pass one for each reference, or none")
+            raise UserError(
+                f"--mask: {len(masks)} masks for {len(references)} references; pass one for each reference, or none"
+            )
         for option, value in (("--image-scale", image_scale), ("--text-gain", text_gain)):
             values = np.atleast_1d(np.asarray(value, np.float32))
             if not np.isfinite(values).all() or (len(values) != 1 and len(values) != len(references)):
-                raise UserError(f"{option} {value}: expected one finite number, or one for each of {len(references)} references")
+                raise UserError(
+                    f"{option} {value}: expected one finite number, or one for each of {len(references)} references"
+                )
         if granularity is not None:
             weights = np.asarray(granularity, np.float32)
-            if weights.shape[-1:] != (3,) or not np.isfinite(weights).all() or (weights < 0).any() or (weights.sum(-1) <= 0).any():
-                raise UserError(f"--granularity {granularity}: expected three non-negative numbers (low, mid, high), not all zero")
+            if (
+                weights.shape[-1:] != (3,)
+                or not np.isfinite(weights).all()
+                or (weights < 0).any()
+                or (weights.sum(-1) <= 0).any()
+            ):
+                raise UserError(
+                    f"--granularity {granularity}: expected three non-negative numbers (low, mid, high), not all zero"
+                )
         if not 0 <= start < end <= 1:
             raise UserError(f"--image-start {start} --image-end {end}: expected 0 <= start < end <= 1")
 
     def _blame_nan(self) -> None:
         trees = dict(self.params) | ({"adapter": self.adapter[1]} if self.adapter else {})
-        bad = [name for name, tree in trees.items() if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))]
+        bad = [
+            name for name, tree in trees.items() if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
+        ]
         if bad:
-            raise UserError(f"{self.bundle.path}: weights of {', '.join(bad)} hold NaN or infinity; convert or export them again")
+            raise UserError(
+                f"{self.bundle.path}: weights of {', '.join(bad)} hold NaN or infinity; convert or export them again"
+            )
         raise UserError(
             "output: the picture is not finite although all weights are; try --dtype float32, a lower --guidance or --image-scale"
         )
@@ -237,13 +290,18 @@ def encode_text(t5, clip, t5_params, clip_params, t5_ids, clip_ids) -> TextCondi
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def make_image_prompt(vision, config: DynaIPConfig, vision_params, params, pixels, options) -> tuple[ImagePrompt, jax.Array]:
+def make_image_prompt(
+    vision, config: DynaIPConfig, vision_params, params, pixels, options
+) -> tuple[ImagePrompt, jax.Array]:
     """CLIP features of `pixels` `[b, s, size, size, 3]`, then the adapter: `ImagePrompt` and routing weights `[b, s, 3]`."""
     b, s = pixels.shape[:2]
     clip = COMPONENTS["clip_vision"].module(vision)
-    features, _ = clip.apply({"params": vision_params}, pixels.reshape(b * s, *pixels.shape[2:]), layers=config.hmoe.levels)
+    features, _ = clip.apply(
+        {"params": vision_params}, pixels.reshape(b * s, *pixels.shape[2:]), layers=config.hmoe.levels
+    )
     features = [f.reshape(b, s, *f.shape[1:]) for f in features]
-    return DynaIP(config).apply({"params": params}, features, **options)
+    adapter: Any = DynaIP(config)
+    return adapter.apply({"params": params}, features, **options)
 
 
 @partial(jax.jit, static_argnums=(0,), static_argnames=("reporting",))
@@ -272,7 +330,7 @@ def denoise(
     if image_prompt is not None and branches == 2:
         on = jnp.repeat(jnp.array([1.0, 0.0]), b)[:, None]
         image_prompt = image_prompt.scaled(on)
-    model = Flux(config)
+    model: Any = Flux(config)
     fixed = dict(
         img_ids=jnp.asarray(ops.image_ids(h, w)),
         txt=states,
@@ -332,13 +390,17 @@ def _check_widths(bundle: Bundle, configs: dict) -> None:
         ("vae latent channels x 4", transformer.in_channels, 4 * configs["vae"].z_channels),
     ):
         if needed != found:
-            raise UserError(f"{bundle.path}: {what} is {found}, the transformer takes {needed}; convert parts that belong together")
+            raise UserError(
+                f"{bundle.path}: {what} is {found}, the transformer takes {needed}; convert parts that belong together"
+            )
 
 
 def _true_cfg(negative_prompt: str | None, scale: float | None) -> float | None:
     if negative_prompt is None:
         if scale is not None:
-            raise UserError(f"--true-cfg {scale}: needs something to steer away from; pass --negative-prompt (it may be empty)")
+            raise UserError(
+                f"--true-cfg {scale}: needs something to steer away from; pass --negative-prompt (it may be empty)"
+            )
         return None
     return TRUE_CFG if scale is None else scale
 
@@ -350,7 +412,9 @@ def _initial_noise(noise, seed, num_images, latent: tuple[int, int, int]) -> tup
         noise = np.asarray(noise)
         if noise.ndim != 4 or noise.shape[1:] != latent or noise.shape[0] < 1 or noise.dtype.kind != "f":
             expected = f"[b, {', '.join(map(str, latent))}]"
-            raise UserError(f"--noise: found {noise.dtype} {list(noise.shape)}; expected floats {expected} for this size of picture")
+            raise UserError(
+                f"--noise: found {noise.dtype} {list(noise.shape)}; expected floats {expected} for this size of picture"
+            )
         if not np.isfinite(noise).all():
             raise UserError("--noise: holds NaN or infinity; expected finite numbers")
         return noise.astype(np.float32), None
@@ -368,6 +432,17 @@ def _rgb(picture: Picture) -> np.ndarray:
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))
     return picture if isinstance(picture, np.ndarray) else images.load_image(picture)
+
+
+def _mask(mask: str | Path | np.ndarray, height: int, width: int) -> np.ndarray:
+    """float32 `[height, width]` in [0, 1] from a file or such an array."""
+    if not isinstance(mask, np.ndarray):
+        return images.load_mask(mask, height, width)
+    if mask.shape != (height, width):
+        raise UserError(
+            f"masks: an array of shape {list(mask.shape)}; expected [{height}, {width}], the picture's size"
+        )
+    return mask.astype(np.float32)
 
 
 _bars: list[Any] = []  # the compiled loop calls `_step_done`; a bar is here only while a caller watches

@@ -27,7 +27,9 @@ class TensorFile(Mapping[str, np.ndarray]):
         self._where = {}
         for file in self.files:
             if not file.is_file():
-                raise UserError(f"{file}: no such file; expected a safetensors file; check the path or download it again")
+                raise UserError(
+                    f"{file}: no such file; expected a safetensors file; check the path or download it again"
+                )
             try:
                 handle = safe_open(file, framework="np")
                 self.metadata.update(handle.metadata() or {})
@@ -53,5 +55,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = json.loads(index.read_text())["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError) as e:
-        raise UserError(f"{index}: not a safetensors index ({e}); expected JSON with 'weight_map'; download it again") from e
+        raise UserError(
+            f"{index}: not a safetensors index ({e}); expected JSON with 'weight_map'; download it again"
+        ) from e
     return [index.parent / name for name in sorted(set(names))]

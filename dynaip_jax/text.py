@@ -27,7 +27,9 @@ class Tokenizers:
         loaded = []
         for name in ("t5", "clip"):
             try:
-                loaded.append(AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False))
+                loaded.append(
+                    AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
+                )
             except Exception as e:  # transformers raises whatever its backends raise
                 reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
                 raise UserError(

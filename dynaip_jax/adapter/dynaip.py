@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dynaip_jax.adapter.hmoe import HMoE, HMoEConfig
+from dynaip_jax.models.layers import parameter
 from dynaip_jax.types import KV, ImagePrompt
 
 
@@ -48,10 +49,17 @@ class DynaIPConfig:
     def for_base(cls, base, clip_width: int, hmoe: dict | None = None, **changes) -> DynaIPConfig:
         """For a transformer config (`FluxConfig`) and a CLIP of `clip_width`, as wide as the base unless `hmoe` says otherwise."""
         sizes = dict(
-            depth=base.depth, depth_single_blocks=base.depth_single_blocks, num_heads=base.num_heads, head_dim=base.head_dim
+            depth=base.depth,
+            depth_single_blocks=base.depth_single_blocks,
+            num_heads=base.num_heads,
+            head_dim=base.head_dim,
         )
         kw = {k: v for k, v in changes.items() if k in ("dtype", "param_dtype")}
-        return cls(hmoe=HMoEConfig(**dict(clip_width=clip_width, width=base.hidden_size, **kw) | (hmoe or {})), **sizes, **changes)
+        return cls(
+            hmoe=HMoEConfig(**dict(clip_width=clip_width, width=base.hidden_size, **kw) | (hmoe or {})),
+            **sizes,
+            **changes,
+        )
 
 
 class DynaIP(nn.Module):
@@ -105,14 +113,15 @@ class Bank(nn.Module):
         shape = (self.length, tokens.shape[-1], c.num_heads, c.head_dim)
 
         def project(name, init):
-            init = nn.with_logical_partitioning(init, ("layers", "embed", "heads", "head_dim"))
-            kernel = self.param(name, init, shape, c.param_dtype)
+            axes = ("layers", "embed", "heads", "head_dim")
+            kernel = parameter(self, name, init, axes, shape, c.param_dtype)
             return jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(c.dtype), kernel.astype(c.dtype))
 
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
         k, v = project("key", lecun), project("value", nn.initializers.zeros)
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("layers", "head_dim"))
-        scale = self.param("key_norm", ones, (self.length, c.head_dim), c.param_dtype).astype(jnp.float32)
+        axes = ("layers", "head_dim")
+        scale = parameter(self, "key_norm", nn.initializers.ones, axes, (self.length, c.head_dim), c.param_dtype)
+        scale = scale.astype(jnp.float32)
         k32 = k.astype(jnp.float32)
         k32 = k32 * jax.lax.rsqrt(jnp.mean(k32 * k32, axis=-1, keepdims=True) + 1e-6)
         return KV((k32 * scale[:, None, None, None, None]).astype(c.dtype), v)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dynaip_jax import ops
-from dynaip_jax.models.layers import LayerNorm, linear
+from dynaip_jax.models.layers import LayerNorm, linear, parameter
 
 LEVEL_NAMES = ("low", "mid", "high")
 
@@ -57,7 +58,9 @@ class HMoE(nn.Module):
     config: HMoEConfig
 
     @nn.compact
-    def __call__(self, features: Sequence[jax.Array], granularity: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, features: Sequence[jax.Array], granularity: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         if len(features) != 3 or any(f.shape[-1] != c.clip_width for f in features):
             raise ValueError(
@@ -70,11 +73,11 @@ class HMoE(nn.Module):
             granularity = granularity / granularity.sum(axis=-1, keepdims=True)
             weights = jnp.broadcast_to(granularity[:, None] if c.router == "token" else granularity, weights.shape)
 
-        experts = [
+        low, mid, high = (
             Expert(c, name=f"expert_{name}")(f) for name, f in zip(LEVEL_NAMES, features, strict=True)
-        ]
+        )
         mix = (weights if c.router == "token" else weights[:, None]).astype(c.dtype)
-        tokens = sum(mix[..., i, None] * e for i, e in enumerate(experts))
+        tokens = mix[..., 0, None] * low + mix[..., 1, None] * mid + mix[..., 2, None] * high
         if c.resampler_tokens:
             tokens = Resampler(c, name="resampler")(tokens)
         return tokens, weights
@@ -84,7 +87,9 @@ class HMoE(nn.Module):
         if self.config.router == "image":
             x = x.mean(axis=1)
         x = LayerNorm(param_dtype=self.config.param_dtype, name="router_norm")(x)
-        out = linear(3, (None, None), param_dtype=self.config.param_dtype, kernel_init=nn.initializers.zeros, name="router")
+        out = linear(
+            3, (None, None), param_dtype=self.config.param_dtype, kernel_init=nn.initializers.zeros, name="router"
+        )
         return jax.nn.softmax(out(x), axis=-1)
 
 
@@ -96,7 +101,7 @@ class Expert(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        kw = dict(dtype=c.dtype, param_dtype=c.param_dtype)
+        kw: Any = dict(dtype=c.dtype, param_dtype=c.param_dtype)
         x = LayerNorm(param_dtype=c.param_dtype, name="norm")(x.astype(c.dtype))
         x = nn.gelu(linear(c.expert_width, (None, "mlp"), name="in_layer", **kw)(x), approximate=True)
         return linear(c.width, ("mlp", "embed"), name="out_layer", **kw)(x)
@@ -110,10 +115,11 @@ class Resampler(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c = self.config
-        kw = dict(dtype=c.dtype, param_dtype=c.param_dtype)
+        kw: Any = dict(dtype=c.dtype, param_dtype=c.param_dtype)
         head_dim = c.width // c.resampler_heads
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, "embed"))
-        queries = self.param("queries", init, (c.resampler_tokens, c.width), c.param_dtype).astype(c.dtype)
+        init = nn.initializers.normal(c.width**-0.5)
+        queries = parameter(self, "queries", init, (None, "embed"), (c.resampler_tokens, c.width), c.param_dtype)
+        queries = queries.astype(c.dtype)
         x = jnp.broadcast_to(queries, (tokens.shape[0], *queries.shape))
 
         def norm(x, name):

@@ -68,7 +68,9 @@ class FluxConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
-            raise ValueError(f"axes_dim {self.axes_dim}: expected even numbers that add up to the head size {self.head_dim}")
+            raise ValueError(
+                f"axes_dim {self.axes_dim}: expected even numbers that add up to the head size {self.head_dim}"
+            )
         if self.attention not in ops.KERNELS:
             raise ValueError(f"attention {self.attention!r}: expected one of {ops.KERNELS}")
 
@@ -94,7 +96,13 @@ class FluxConfig:
     def tiny(cls, **changes) -> FluxConfig:
         """For tests and the embedded default: 64 latent channels as the real one, 3 blocks."""
         sizes = dict(
-            vec_in_dim=32, context_in_dim=32, hidden_size=64, num_heads=4, depth=2, depth_single_blocks=2, axes_dim=(4, 6, 6)
+            vec_in_dim=32,
+            context_in_dim=32,
+            hidden_size=64,
+            num_heads=4,
+            depth=2,
+            depth_single_blocks=2,
+            axes_dim=(4, 6, 6),
         )
         return cls(**{**sizes, **changes})
 
@@ -193,7 +201,9 @@ class SingleBlock(nn.Module):
         q, k, v = QKV(c, name="attn")(x)
         attn = _attend(c, q, k, v, shared, prompt, text_rows=self.text_rows)
         mlp = nn.gelu(_linear(c, c.mlp_dim, ("embed", "mlp"), "mlp_in")(x), approximate=True)
-        out = _attn_out(c, "attn_out", use_bias=False)(attn) + _linear(c, c.hidden_size, ("mlp", "embed"), "mlp_out")(mlp)
+        out = _attn_out(c, "attn_out", use_bias=False)(attn) + _linear(c, c.hidden_size, ("mlp", "embed"), "mlp_out")(
+            mlp
+        )
         return rows + gate * out, None
 
 
@@ -220,7 +230,9 @@ class Flux(nn.Module):
     ) -> jax.Array:
         c = self.config
         if (guidance is not None) != c.guidance_embed:
-            raise ValueError(f"guidance must be {'given' if c.guidance_embed else 'None'}: guidance_embed is {c.guidance_embed}")
+            raise ValueError(
+                f"guidance must be {'given' if c.guidance_embed else 'None'}: guidance_embed is {c.guidance_embed}"
+            )
         double, single, region = _split_prompt(c, image_prompt)
 
         vec = MLPEmbedder(c, name="time_in")(ops.timestep_embedding(timesteps, 256).astype(c.dtype))
@@ -240,11 +252,15 @@ class Flux(nn.Module):
         rows, _ = blocks(c, txt.shape[1], name="single_blocks")(jnp.concatenate([txt, img], axis=1), shared, single)
 
         shift, scale = Modulation(c, 2, name="final_modulation")(vec)
-        out = _linear(c, c.out_channels, ("embed", None), "final_linear")(_modulate(rows[:, txt.shape[1] :], shift, scale))
+        out = _linear(c, c.out_channels, ("embed", None), "final_linear")(
+            _modulate(rows[:, txt.shape[1] :], shift, scale)
+        )
         return out.astype(jnp.float32)
 
     @staticmethod
-    def inputs_spec(config: FluxConfig, batch: int = 1, image_rows: int = 16, text_rows: int = 8) -> dict[str, jax.ShapeDtypeStruct]:
+    def inputs_spec(
+        config: FluxConfig, batch: int = 1, image_rows: int = 16, text_rows: int = 8
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__` without an image prompt, by name: for `init`, fake batches and compilation."""
         c, f32 = config, jnp.float32
         spec = dict(

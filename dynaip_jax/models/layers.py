@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 REMAT_POLICIES = {
@@ -19,6 +20,21 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+LECUN = nn.initializers.lecun_normal()
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """A parameter of `module` with logical `axes`."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # type: ignore[return-value]
 
 
 def linear(
@@ -30,7 +46,7 @@ def linear(
     axis: int | Sequence[int] = -1,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-    kernel_init=nn.initializers.lecun_normal(),
+    kernel_init: Initializer = LECUN,
 ) -> nn.DenseGeneral:
     """A `DenseGeneral` whose kernel carries the logical `axes` (input axes, then output axes); the bias the last ones."""
     outputs = 1 if isinstance(features, int) else len(features)
@@ -55,8 +71,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = parameter(self, "scale", nn.initializers.ones, (self.axis_name,), (x.shape[-1],), self.param_dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
@@ -75,9 +90,10 @@ class LayerNorm(nn.Module):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         if self.affine:
-            ones, zeros = (nn.with_logical_partitioning(i, ("embed",)) for i in (nn.initializers.ones, nn.initializers.zeros))
-            y = y * self.param("scale", ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
-            y = y + self.param("bias", zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+            shape, axes = (x.shape[-1],), ("embed",)
+            scale = parameter(self, "scale", nn.initializers.ones, axes, shape, self.param_dtype)
+            bias = parameter(self, "bias", nn.initializers.zeros, axes, shape, self.param_dtype)
+            y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
         return y.astype(x.dtype)
 
 

@@ -20,31 +20,19 @@ COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "attention")  # how, not what
 
 
 class Component(NamedTuple):
-    """A model class, its config class, and the inputs that `init` needs (for shapes only)."""
+    """A config class and a model class; `options`: what `init` needs besides the arrays of `inputs_spec`."""
 
-    config: type
-    module: Callable[[Any], nn.Module]
-    inputs: Callable[[Any], dict[str, jax.ShapeDtypeStruct]]
-
-
-def _ids(length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return dict(input_ids=jax.ShapeDtypeStruct((1, length), jnp.int32))
+    config: Any
+    module: Any
+    options: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
 COMPONENTS = {
-    "transformer": Component(FluxConfig, Flux, Flux.inputs_spec),
-    "vae": Component(
-        VAEConfig, VAE, lambda c: dict(images=jax.ShapeDtypeStruct((1, c.downsample, c.downsample, c.in_channels), jnp.float32))
-    ),
-    "t5": Component(T5Config, T5Encoder, lambda c: _ids(8)),
-    "clip_text": Component(CLIPTextConfig, CLIPText, lambda c: _ids(c.max_position_embeddings)),
-    "clip_vision": Component(
-        CLIPVisionConfig,
-        CLIPVision,
-        lambda c: dict(
-            pixel_values=jax.ShapeDtypeStruct((1, c.image_size, c.image_size, 3), jnp.float32), layers=(c.num_hidden_layers,)
-        ),
-    ),
+    "transformer": Component(FluxConfig, Flux),
+    "vae": Component(VAEConfig, VAE),
+    "t5": Component(T5Config, T5Encoder),
+    "clip_text": Component(CLIPTextConfig, CLIPText),
+    "clip_vision": Component(CLIPVisionConfig, CLIPVision, lambda c: dict(layers=(c.num_hidden_layers,))),
 }
 
 
@@ -53,16 +41,13 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in COMPUTE_FIELDS}
 
 
-def abstract_params(name: str, config: Any) -> dict[str, Any]:
-    """The nested tree of shapes and dtypes of a component's parameters, nothing allocated."""
-    component = COMPONENTS[name]
-    return nn.meta.unbox(jax.eval_shape(lambda: init_params(name, config, jax.random.key(0))))
-
-
 def init_params(name: str, config: Any, key: jax.Array) -> dict[str, Any]:
     """Freshly initialised parameters of a component."""
     component = COMPONENTS[name]
-    inputs = {
-        k: jnp.zeros(v.shape, v.dtype) if isinstance(v, jax.ShapeDtypeStruct) else v for k, v in component.inputs(config).items()
-    }
-    return nn.meta.unbox(component.module(config).init(key, **inputs))["params"]
+    inputs = {k: jnp.zeros(v.shape, v.dtype) for k, v in component.module.inputs_spec(config).items()}
+    return nn.meta.unbox(component.module(config).init(key, **inputs, **component.options(config)))["params"]
+
+
+def abstract_params(name: str, config: Any) -> dict[str, Any]:
+    """The nested tree of shapes and dtypes of a component's parameters, nothing allocated."""
+    return jax.eval_shape(lambda: init_params(name, config, jax.random.key(0)))

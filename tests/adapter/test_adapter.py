@@ -63,7 +63,9 @@ def test_resampler_gives_the_tokens_asked_for_and_reads_all_of_them():
     _, params, run = hmoe(resampler_tokens=4)
     tokens, _ = run()
     assert tokens.shape == (2, 4, 16)
-    grad = jax.grad(lambda f: HMoE(HMoEConfig(**{**vars(TINY), "resampler_tokens": 4})).apply(params, f)[0].sum())(FEATURES)
+    grad = jax.grad(lambda f: HMoE(HMoEConfig(**{**vars(TINY), "resampler_tokens": 4})).apply(params, f)[0].sum())(
+        FEATURES
+    )
     assert all(float(jnp.abs(g).max(axis=-1).min()) > 0 for g in grad)
 
 
@@ -89,7 +91,9 @@ SUBJECTS = [jnp.stack([f, jnp.sin(f), -f], axis=1) for f in FEATURES]  # [b=2, s
 def test_bank_shapes_gains_and_a_fresh_adapter(blocks, injected):
     config = DynaIPConfig.for_base(BASE, 12, hmoe=dict(levels=(1, 2, 3), expert_width=24), blocks=blocks)
     params = init_adapter_params(config, jax.random.key(0))
-    prompt, weights = DynaIP(config).apply({"params": params}, SUBJECTS, image_gain=jnp.array([1.0, 0.5, 0.0]), text_gain=0.25)
+    prompt, weights = DynaIP(config).apply(
+        {"params": params}, SUBJECTS, image_gain=jnp.array([1.0, 0.5, 0.0]), text_gain=0.25
+    )
     assert weights.shape == (2, 3, 3)
     assert prompt.double.k.shape == (2, 2, 3, 5, BASE.num_heads, BASE.head_dim)
     assert (prompt.single is None) == (blocks == "double")

@@ -58,7 +58,9 @@ def test_no_gain_and_no_value_leave_the_base_bit_for_bit(model, blocks):
 def test_parameters_are_the_same_with_and_without_a_prompt():
     spec = Flux.inputs_spec(CONFIG, B, I, T)
     without = jax.eval_shape(Flux(CONFIG).init, jax.random.key(0), **spec)
-    assert without == jax.eval_shape(lambda k, x: Flux(CONFIG).init(k, **x, image_prompt=image_prompt()), jax.random.key(0), spec)
+    assert without == jax.eval_shape(
+        lambda k, x: Flux(CONFIG).init(k, **x, image_prompt=image_prompt()), jax.random.key(0), spec
+    )
 
 
 def test_every_parameter_has_logical_axes():
@@ -68,7 +70,9 @@ def test_every_parameter_has_logical_axes():
 
 
 def block_run(block, rows, prompt):
-    shared = Shared(normal(1, B, CONFIG.hidden_size), ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), None)
+    shared = Shared(
+        normal(1, B, CONFIG.hidden_size), ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), None
+    )
     params = block.init(jax.random.key(0), rows, shared, None)
     return jax.jit(lambda p: block.apply(params, rows, shared, p)[0])(prompt)
 
@@ -112,7 +116,11 @@ def test_injected_term_is_the_equation_with_the_query_before_rope():
     shared = Shared(q[:, 0, 0], rope, region)
     term = flux._attend(CONFIG, q, k, v, shared, prompt, T) - flux._attend(CONFIG, q, k, v, shared, None, T)
     gain = np.concatenate(
-        [np.repeat(prompt.text_gain[:, None], T, 1), np.asarray(prompt.image_gain)[:, None] * np.moveaxis(region, 1, 2)], axis=1
+        [
+            np.repeat(prompt.text_gain[:, None], T, 1),
+            np.asarray(prompt.image_gain)[:, None] * np.moveaxis(region, 1, 2),
+        ],
+        axis=1,
     )
     np.testing.assert_allclose(term, naive_reference_term(q, bank, gain), atol=2e-5)
 

@@ -21,9 +21,15 @@ from tools.convert_torch_weights import engine
 from tools.convert_torch_weights import flux as convert_flux
 
 SIZES = dict(
-    in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=3,
-    joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(4, 6, 6),
-)  # fmt: skip
+    in_channels=16,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=3,
+    joint_attention_dim=20,
+    pooled_projection_dim=12,
+    axes_dims_rope=(4, 6, 6),
+)
 
 
 def assert_close(ours, theirs, tolerance=1e-4):
@@ -42,7 +48,9 @@ def torch_model(**changes):
 def inputs(config, batch=2, rows=(4, 6), text=5):
     rng = np.random.default_rng(1)
     i = rows[0] * rows[1]
-    values = {k: rng.normal(size=s.shape).astype(np.float32) for k, s in Flux.inputs_spec(config, batch, i, text).items()}
+    values = {
+        k: rng.normal(size=s.shape).astype(np.float32) for k, s in Flux.inputs_spec(config, batch, i, text).items()
+    }
     values["img_ids"] = ops.image_ids(rows[0] * 2, rows[1] * 2)
     values["txt_ids"] = np.zeros((1, text, 3), np.float32)
     values["timesteps"] = np.array([0.9, 0.13], np.float32)[:batch]
@@ -57,10 +65,14 @@ def run_torch(model, x, dtype=torch.float32):
 
     with torch.no_grad():
         out = model(
-            hidden_states=t("img"), encoder_hidden_states=t("txt"), pooled_projections=t("pooled"),
-            timestep=t("timesteps", torch.float32), guidance=t("guidance", torch.float32),
-            img_ids=t("img_ids")[0], txt_ids=t("txt_ids")[0],
-        )  # fmt: skip
+            hidden_states=t("img"),
+            encoder_hidden_states=t("txt"),
+            pooled_projections=t("pooled"),
+            timestep=t("timesteps", torch.float32),
+            guidance=t("guidance", torch.float32),
+            img_ids=t("img_ids")[0],
+            txt_ids=t("txt_ids")[0],
+        )
     return out.sample.float().numpy()
 
 

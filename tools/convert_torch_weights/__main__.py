@@ -54,13 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--source", type=Path, action="append", required=True, metavar="DIR_OR_FILE",
+        "--source",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="DIR_OR_FILE",
         help="a diffusers FLUX folder, or a BFL or diffusers single file of the transformer or the VAE; may be repeated: "
         "a later source replaces the same component of an earlier one",
-    )  # fmt: skip
-    parser.add_argument("--clip-vision", type=Path, metavar="DIR", help="a transformers CLIP folder, for reference images")
+    )
+    parser.add_argument(
+        "--clip-vision", type=Path, metavar="DIR", help="a transformers CLIP folder, for reference images"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the folder to write")
-    parser.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="keep", help="of the weights written")
+    parser.add_argument(
+        "--dtype", choices=("keep", "float32", "bfloat16"), default="keep", help="of the weights written"
+    )
     parser.add_argument("--t5-length", type=int, metavar="N", help="T5 tokens a prompt (default: 512 dev, 256 schnell)")
     parser.add_argument("--dry-run", action="store_true", help="check every name and shape, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
@@ -71,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = Found({}, {}, None)
     for path in args.source:
         new = _diffusers_folder(path) if path.is_dir() else _single_file(path)
-        found = Found(found.components | new.components, found.tokenizers | new.tokenizers, new.scheduler or found.scheduler)
+        found = Found(
+            found.components | new.components, found.tokenizers | new.tokenizers, new.scheduler or found.scheduler
+        )
     if args.clip_vision is not None:
         found.components["clip_vision"] = _clip_vision(args.clip_vision)
 
@@ -121,7 +131,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as e:
-        raise UserError(f"{path}: missing; expected it in a folder written by save_pretrained; download it again") from e
+        raise UserError(
+            f"{path}: missing; expected it in a folder written by save_pretrained; download it again"
+        ) from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not readable as JSON ({e}); download it again") from e
 
@@ -145,8 +157,10 @@ def _tensors(folder: Path, *stems: str) -> tuple[Mapping[str, Any], list[Path]]:
 def _diffusers_folder(path: Path) -> Found:
     index = _read_json(path / "model_index.json")
     if index.get("_class_name") != "FluxPipeline":
-        raise UserError(f"--source {path}: unknown family {index.get('_class_name')!r}; expected FluxPipeline (FLUX.1-dev, -schnell)")
-    plan = {
+        raise UserError(
+            f"--source {path}: unknown family {index.get('_class_name')!r}; expected FluxPipeline (FLUX.1-dev, -schnell)"
+        )
+    plan: dict[str, tuple[str, Callable[..., Any], Callable[..., dict[str, Any]], str]] = {
         "transformer": ("transformer", flux.config_from_diffusers, flux.params_from_torch, "diffusion_pytorch_model"),
         "vae": ("vae", vae.config_from_diffusers, vae.params_from_torch, "diffusion_pytorch_model"),
         "t5": ("text_encoder_2", t5.T5Config.from_hf, t5.params_from_torch, "model"),
@@ -157,9 +171,9 @@ def _diffusers_folder(path: Path) -> Found:
         tensors, files = _tensors(path / folder, stem)
         components[name] = Source(_config(path / folder, config), tensors, files, convert)
     tokenizers = {"clip": path / "tokenizer", "t5": path / "tokenizer_2"}
-    for folder in tokenizers.values():
-        if not folder.is_dir():
-            raise UserError(f"{folder}: missing; expected a tokenizer; download the model again")
+    for tokenizer in tokenizers.values():
+        if not tokenizer.is_dir():
+            raise UserError(f"{tokenizer}: missing; expected a tokenizer; download the model again")
     return Found(components, tokenizers, _read_json(path / "scheduler" / "scheduler_config.json"))
 
 
@@ -171,7 +185,9 @@ def _config(folder: Path, read: Callable[[dict[str, Any]], Any], part: str | Non
         raise UserError(f"{folder / 'config.json'}: {e}") from e
     except (KeyError, TypeError, ValueError) as e:
         what = f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)
-        raise UserError(f"{folder / 'config.json'}: {what}; expected a config of this kind of model; download it again") from e
+        raise UserError(
+            f"{folder / 'config.json'}: {what}; expected a config of this kind of model; download it again"
+        ) from e
 
 
 def _single_file(path: Path) -> Found:
@@ -181,14 +197,18 @@ def _single_file(path: Path) -> Found:
     else:
         shapes = {n: file.shape(n) for n in file}
         if flux.layout_of(shapes) != "bfl":
-            raise UserError(f"--source {path}: a diffusers transformer without its config; pass the folder that holds model_index.json")
+            raise UserError(
+                f"--source {path}: a diffusers transformer without its config; pass the folder that holds model_index.json"
+            )
         component = {"transformer": Source(flux.config_from_bfl(shapes), file, file.files, flux.params_from_torch)}
     return Found(component, {}, None)
 
 
 def _clip_vision(path: Path) -> Source:
     if not path.is_dir():
-        raise UserError(f"--clip-vision {path}: no such folder; expected a transformers CLIP folder (openai/clip-vit-large-patch14)")
+        raise UserError(
+            f"--clip-vision {path}: no such folder; expected a transformers CLIP folder (openai/clip-vit-large-patch14)"
+        )
     config = _config(path, clip.CLIPVisionConfig.from_hf, "vision_config")
     tensors, files = _tensors(path, "model")
     return Source(config, tensors, files, clip.vision_params_from_torch)
@@ -198,10 +218,16 @@ def _schedule(scheduler: dict[str, Any] | None, guided: bool) -> ScheduleConfig:
     if scheduler is None:
         return ScheduleConfig(dynamic=guided)
     names = dict(
-        dynamic="use_dynamic_shifting", base_tokens="base_image_seq_len", max_tokens="max_image_seq_len",
-        base_shift="base_shift", max_shift="max_shift", shift="shift",
-    )  # fmt: skip
-    return ScheduleConfig(**{ours: scheduler[theirs] for ours, theirs in names.items() if scheduler.get(theirs) is not None})
+        dynamic="use_dynamic_shifting",
+        base_tokens="base_image_seq_len",
+        max_tokens="max_image_seq_len",
+        base_shift="base_shift",
+        max_shift="max_shift",
+        shift="shift",
+    )
+    return ScheduleConfig(
+        **{ours: scheduler[theirs] for ours, theirs in names.items() if scheduler.get(theirs) is not None}
+    )
 
 
 def _text_lengths(found: Found, t5_length: int) -> dict[str, int]:
@@ -216,7 +242,9 @@ def _text_lengths(found: Found, t5_length: int) -> dict[str, int]:
 
 def _defaults(found: Found, guided: bool) -> dict[str, Any]:
     downsample = found.components["vae"].config.downsample if "vae" in found.components else 8
-    return dict(steps=28 if guided else 4, guidance=3.5 if guided else None, height=128 * downsample, width=128 * downsample)
+    return dict(
+        steps=28 if guided else 4, guidance=3.5 if guided else None, height=128 * downsample, width=128 * downsample
+    )
 
 
 if __name__ == "__main__":

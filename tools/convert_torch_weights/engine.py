@@ -44,7 +44,11 @@ class Leaf(NamedTuple):
     axes: tuple[int, ...] | None = None
 
     def build(self, tensors: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-        x = np.concatenate([p.read(tensors) for p in self.parts]) if len(self.parts) > 1 else self.parts[0].read(tensors)
+        x = (
+            np.concatenate([p.read(tensors) for p in self.parts])
+            if len(self.parts) > 1
+            else self.parts[0].read(tensors)
+        )
         return (x if self.axes is None else x.transpose(self.axes)).reshape(shape)
 
 
@@ -112,7 +116,11 @@ def check_names(component: str, found: Mapping[str, tuple[int, ...]], expected: 
     """Raises `UserError` with both sides if `found` and `expected` (name -> shape) differ in any name or shape."""
     missing = [f"{n} {list(expected[n])}" for n in expected if n not in found]
     unexpected = [f"{n} {list(found[n])}" for n in found if n not in expected]
-    wrong = [f"{n}: found {list(found[n])}, expected {list(s)}" for n, s in expected.items() if n in found and tuple(found[n]) != s]
+    wrong = [
+        f"{n}: found {list(found[n])}, expected {list(s)}"
+        for n, s in expected.items()
+        if n in found and tuple(found[n]) != s
+    ]
     problems = []
     for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
         if names:
@@ -153,7 +161,9 @@ def convert(
         for i, leaf in enumerate(blocks):
             x = leaf.build(tensors, shape[1:] if isinstance(entry, list) else shape)
             if not np.isfinite(x.astype(np.float32) if x.dtype == jnp.bfloat16 else x).all():
-                raise UserError(f"{component}: {leaf.parts[0].name} holds NaN or infinity; expected finite weights; download it again")
+                raise UserError(
+                    f"{component}: {leaf.parts[0].name} holds NaN or infinity; expected finite weights; download it again"
+                )
             if i == 0:
                 params[path] = empty(shape, dtype or x.dtype)
             if isinstance(entry, list):

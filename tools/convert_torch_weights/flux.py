@@ -69,7 +69,9 @@ class _Renamed(Mapping):
 def _columns(path: str, name: str, out: int, widths: tuple[int, int], which: int) -> Table:
     """The kernel of one input half of a Linear whose input joins two, of `widths`."""
     start = which * widths[0]
-    return {f"{path}/kernel": Leaf((Part(f"{name}.weight", (out, sum(widths)), 1, start, start + widths[which]),), (1, 0))}
+    return {
+        f"{path}/kernel": Leaf((Part(f"{name}.weight", (out, sum(widths)), 1, start, start + widths[which]),), (1, 0))
+    }
 
 
 def _bfl(c: FluxConfig) -> Table:
@@ -139,7 +141,10 @@ def _diffusers(c: FluxConfig) -> Table:
         b = f"transformer_blocks.{n}"
         t = attn("img_attn", f"{b}.attn", plain, ("norm_q", "norm_k"), c.qkv_bias)
         t |= attn("txt_attn", f"{b}.attn", added, ("norm_added_q", "norm_added_k"), c.qkv_bias)
-        for s, norm1, out, ff in (("img", "norm1", "to_out.0", "ff"), ("txt", "norm1_context", "to_add_out", "ff_context")):
+        for s, norm1, out, ff in (
+            ("img", "norm1", "to_out.0", "ff"),
+            ("txt", "norm1_context", "to_add_out", "ff_context"),
+        ):
             t |= linear(f"{s}_mod/lin", f"{b}.{norm1}.linear", out=6 * w, in_=w)
             t |= linear(f"{s}_attn_proj", f"{b}.attn.{out}", out=w, in_=w)
             t |= linear(f"{s}_mlp/in_layer", f"{b}.{ff}.net.0.proj", out=m, in_=w)
@@ -164,7 +169,9 @@ def _diffusers(c: FluxConfig) -> Table:
     # diffusers keeps (scale, shift); ours is BFL's (shift, scale)
     halves = [(w, 2 * w), (0, w)]
     norm_out = "norm_out.linear"
-    t["final_modulation/lin/kernel"] = Leaf(tuple(Part(f"{norm_out}.weight", (2 * w, w), 0, *h) for h in halves), (1, 0))
+    t["final_modulation/lin/kernel"] = Leaf(
+        tuple(Part(f"{norm_out}.weight", (2 * w, w), 0, *h) for h in halves), (1, 0)
+    )
     t["final_modulation/lin/bias"] = Leaf(tuple(Part(f"{norm_out}.bias", (2 * w,), 0, *h) for h in halves))
     return t | linear("final_linear", "proj_out", out=c.out_channels, in_=w)
 
@@ -172,7 +179,9 @@ def _diffusers(c: FluxConfig) -> Table:
 def config_from_diffusers(hf: Mapping[str, Any]) -> FluxConfig:
     """`FluxConfig` from the `config.json` of a diffusers `FluxTransformer2DModel`. Raises `UserError` for other classes."""
     if hf.get("_class_name", "FluxTransformer2DModel") != "FluxTransformer2DModel":
-        raise UserError(f"transformer/config.json: _class_name {hf['_class_name']!r}; expected FluxTransformer2DModel (FLUX.1)")
+        raise UserError(
+            f"transformer/config.json: _class_name {hf['_class_name']!r}; expected FluxTransformer2DModel (FLUX.1)"
+        )
     if hf.get("patch_size", 1) != 1:
         raise UserError(f"transformer/config.json: patch_size {hf['patch_size']}; expected 1, as FLUX.1 has it")
     heads = hf["num_attention_heads"]
@@ -222,4 +231,6 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
             guidance_embed="guidance_in.in_layer.weight" in shapes,
         )
     except KeyError as e:
-        raise UserError(f"transformer: tensor {e.args[0]} is missing; expected a whole FLUX.1 transformer in BFL's layout") from e
+        raise UserError(
+            f"transformer: tensor {e.args[0]} is missing; expected a whole FLUX.1 transformer in BFL's layout"
+        ) from e

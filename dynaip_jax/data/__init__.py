@@ -1,0 +1,1 @@
+"""Pictures and data sets, in NumPy and PIL: nothing in here imports JAX."""

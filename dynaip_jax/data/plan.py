@@ -1,0 +1,125 @@
+"""Which rows make up which batch: aspect-ratio buckets, and an order that every process works out for itself.
+
+Pure functions of (sizes, buckets, global batch, seed): no state, no communication. Rows are indices into the dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from dynaip_jax.errors import UserError
+
+MULTIPLE = 16  # pixels a side of one image token: 8 in the autoencoder, 2 in packing
+
+
+class Bucket(NamedTuple):
+    """Pictures of one shape: `height` x `width` pixels, named by the aspect ratio (width:height) it stands for."""
+
+    name: str
+    height: int
+    width: int
+
+
+class Step(NamedTuple):
+    """The global batch of one training step: `rows` int `[global batch]`, all of one `bucket`."""
+
+    epoch: int
+    bucket: Bucket
+    rows: np.ndarray
+
+
+def buckets(resolution: int, aspects: Sequence[str]) -> tuple[Bucket, ...]:
+    """One bucket an aspect ratio ("W:H"), of about `resolution` x `resolution` pixels, both sides multiples of 16.
+
+    Raises `UserError` for a ratio that cannot be read or is beyond 4:1, a `resolution` below 64, and two ratios that
+    come out at the same size.
+    """
+    if resolution < 64:
+        raise UserError(f"resolution {resolution}: expected at least 64 pixels; choose a larger one")
+    found: dict[tuple[int, int], Bucket] = {}
+    for name in aspects:
+        width, _, height = name.partition(":")
+        if not (width.isdecimal() and height.isdecimal() and int(width) and 0.25 <= int(width) / max(int(height), 0.1) <= 4):
+            raise UserError(f"aspect {name!r}: expected width:height between 1:4 and 4:1, such as 3:2; correct it")
+        root = (int(width) / int(height)) ** 0.5
+        size = (round(resolution / root / MULTIPLE) * MULTIPLE, round(resolution * root / MULTIPLE) * MULTIPLE)
+        if size in found:
+            raise UserError(
+                f"aspect {name!r}: {size[1]} x {size[0]} pixels at resolution {resolution}, as {found[size].name!r}; "
+                "expected different sizes; leave one of them out"
+            )
+        found[size] = Bucket(name, *size)
+    if not found:
+        raise UserError("aspects: none given; expected at least one, such as 1:1")
+    return tuple(found.values())
+
+
+class Plan:
+    """The order of training: an epoch is shuffled, cut into global batches of one bucket each, and those are shuffled.
+
+    `sizes` int `[n, 2]`: height and width of each row's target. A row goes to the bucket nearest in log aspect ratio. In
+    each epoch the rows that do not fill a batch in their bucket are left out, other ones every time. A bucket with too
+    few rows for even one batch is given up and its rows go to the next nearest; `warnings` says so. No row occurs twice
+    in an epoch. Raises `UserError` if there are fewer rows than `global_batch`.
+    """
+
+    def __init__(self, sizes: np.ndarray, shapes: Sequence[Bucket], global_batch: int, seed: int):
+        if global_batch < 1:
+            raise UserError(f"batch size {global_batch}: expected at least 1")
+        if len(sizes) < global_batch:
+            raise UserError(
+                f"dataset: {len(sizes)} rows for a global batch of {global_batch}; expected at least one batch; "
+                "add rows or make the batch smaller"
+            )
+        self.seed, self.global_batch = seed, global_batch
+        self.warnings: list[str] = []
+        self.bucket_of, kept = self._assign(np.asarray(sizes), list(shapes))
+        self.buckets = tuple(kept)
+        self._members = [np.flatnonzero(self.bucket_of == b) for b in range(len(kept))]
+        self.steps_per_epoch = sum(len(m) // global_batch for m in self._members)
+        facts = repr((self.buckets, global_batch, seed)).encode() + np.asarray(sizes, np.int32).tobytes()
+        self.fingerprint = hashlib.sha256(facts).hexdigest()[:16]
+
+    def _assign(self, sizes: np.ndarray, shapes: list[Bucket]) -> tuple[np.ndarray, list[Bucket]]:
+        """The bucket of each row, and the buckets that fill at least one batch."""
+        ratio = np.log(sizes[:, 1] / sizes[:, 0])
+        while True:
+            centres = np.log([s.width / s.height for s in shapes])
+            nearest = np.abs(ratio[:, None] - centres).argmin(axis=1)
+            counts = np.bincount(nearest, minlength=len(shapes))
+            if counts.min() >= self.global_batch:
+                return nearest, shapes
+            poorest = int(counts.argmin())
+            if counts[poorest]:
+                self.warnings.append(
+                    f"bucket {shapes[poorest].name}: {counts[poorest]} rows do not fill a batch of {self.global_batch}; "
+                    "they are cropped to the next nearest shape"
+                )
+            del shapes[poorest]
+
+    def step(self, step: int) -> Step:
+        """The global batch of training step `step`, counted from 0 over all epochs."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        rows, bucket = _epoch(self, epoch)
+        return Step(epoch, self.buckets[bucket[place]], rows[place])
+
+    def shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """All of an epoch: rows `[steps, global batch]` and the index of each batch's bucket `[steps]`."""
+        rng = np.random.default_rng((self.seed, epoch))
+        batches = []
+        for members in self._members:
+            full = len(members) // self.global_batch * self.global_batch
+            batches.append(rng.permutation(members)[:full].reshape(-1, self.global_batch))
+        bucket = np.repeat(np.arange(len(batches)), [len(b) for b in batches])
+        order = rng.permutation(len(bucket))
+        return np.concatenate(batches)[order], bucket[order]
+
+
+@lru_cache(maxsize=2)  # at the border of two epochs, threads ask for both
+def _epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    return plan.shuffled(epoch)

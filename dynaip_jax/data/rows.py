@@ -1,0 +1,307 @@
+"""What a user has on disk -> validated records. Three layouts, one stream.
+
+*manifest*: a file `metadata.jsonl`, one JSON object a line: `reference` and `target` (picture files; they may be the
+same), `caption`, `subject` (the words of the caption that name it), optionally `mask` (the subject in the reference, white
+on black, of the reference's size). Paths are relative to the manifest's folder.
+
+*subjects200k*: the layout of the Subjects200K dataset: two square pictures of one subject side by side in one file, with
+padding around, as parquet files (as downloaded) or as a `metadata.jsonl` with the same fields: `image` (a file),
+`description` (`item`, `description_0` of the left picture, `description_1` of the right one, `description_valid`),
+`quality_assessment` (three scores from 0 to 5). Each file gives two rows: left as the reference of right, and the reverse.
+
+*folder*: pictures, each its own reference and target, captioned by `NAME.txt` beside it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dynaip_jax.data import images
+from dynaip_jax.data.store import Record
+from dynaip_jax.errors import UserError
+
+MANIFEST = "metadata.jsonl"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
+SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
+STEP = 64  # halves of a Subjects200K picture are multiples of this; what is left is padding
+
+
+class Picture(NamedTuple):
+    """A picture file, or the `data` of one, of which the whole or one half counts."""
+
+    path: Path
+    data: bytes | None = None
+    half: Literal["whole", "left", "right"] = "whole"
+
+
+class Row(NamedTuple):
+    """A row as the source states it, not yet checked."""
+
+    number: int  # from 1: the line of the manifest, the row of the parquet files, the place in the sorted folder
+    target: Picture
+    reference: Picture
+    caption: str
+    subject: str = ""
+    mask: Path | None = None
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used, and why, in one line."""
+
+    number: int
+    reason: str
+
+
+class Source(NamedTuple):
+    """`rows` in order, from `count` entries."""
+
+    count: int
+    rows: Iterator[Row | BadRow]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a picture may measure: at least `min_side` pixels a side, at most `max_pixels` in the whole file."""
+
+    min_side: int = 64
+    max_pixels: int = images.MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.min_side < images.MIN_SIDE:
+            raise UserError(f"--min-side {self.min_side}: expected at least {images.MIN_SIDE}")
+        if self.max_pixels < self.min_side**2:
+            raise UserError(f"--max-pixels {self.max_pixels}: expected at least --min-side squared, {self.min_side**2}")
+
+
+def read_manifest(path: Path) -> Source:
+    """The rows of a manifest, given as the file or as its folder. Raises `UserError` if it cannot be read or is empty."""
+    lines = _lines(path / MANIFEST if path.is_dir() else path)
+    folder = path if path.is_dir() else path.parent
+
+    def row(number: int, entry: dict[str, Any]) -> Row:
+        fields = ("reference", "target", "caption", "subject")
+        _check_fields(entry, fields, optional=("mask",))
+        reference, target, caption, subject = (_text(entry, k) for k in fields)
+        if not _names(subject, caption):
+            raise UserError(f"subject {subject!r} is not in the caption {caption!r}; expected words of the caption; copy them")
+        mask = folder / _text(entry, "mask") if entry.get("mask") is not None else None
+        return Row(number, Picture(folder / target), Picture(folder / reference), caption, subject, mask)
+
+    return Source(len(lines), _each(lines, lambda number, entry: iter((row(number, entry),))))
+
+
+def read_subjects200k(path: Path, min_quality: int = 0) -> Source:
+    """Two rows a picture: each half as the reference of the other, captioned by its own description.
+
+    `path`: a folder of parquet files (or with a folder `data` of them), or with a `metadata.jsonl`, or such a file.
+    Entries with a `quality_assessment` score below `min_quality`, and those whose description is marked as not valid,
+    are passed over in silence: the dataset itself says they are not fit. Raises `UserError` as `read_manifest`.
+    """
+    shards = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    folder = path if path.is_dir() else path.parent
+
+    def rows(number: int, entry: dict[str, Any]) -> Iterator[Row]:
+        description, quality = entry.get("description"), entry.get("quality_assessment") or {}
+        if not isinstance(description, dict) or not isinstance(quality, dict):
+            raise UserError("'description' and 'quality_assessment' are not objects; expected the fields of Subjects200K")
+        if description.get("description_valid") is False or min((quality.get(s) or 0) for s in SCORES) < min_quality:
+            return
+        picture = _composite(entry.get("image"), folder, number)
+        captions = [_text(description, f"description_{n}") for n in (0, 1)]
+        item = description.get("item")
+        halves = picture._replace(half="left"), picture._replace(half="right")
+        for reference, target, caption in ((halves[1], halves[0], captions[0]), (halves[0], halves[1], captions[1])):
+            subject = item if isinstance(item, str) and item.strip() and _names(item, caption) else ""
+            yield Row(number, target, reference, caption, subject)
+
+    if shards:
+        count, entries = _parquet(shards)
+        return Source(count, _each(entries, rows))
+    lines = _lines(path / MANIFEST if path.is_dir() else path)
+    return Source(len(lines), _each(lines, rows))
+
+
+def read_folder(path: Path) -> Source:
+    """A row for each picture under `path`, in sorted order. Raises `UserError` if there is none."""
+    if not path.is_dir():
+        raise UserError(f"--source {path}: no such folder; expected one of pictures with a .txt beside each; check the path")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"--source {path}: empty, no picture in it; expected {images.KINDS} files; check the path")
+
+    def rows() -> Iterator[Row | BadRow]:
+        for number, file in enumerate(files, 1):
+            text = file.with_suffix(".txt")
+            try:
+                caption = text.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as e:
+                yield BadRow(number, f"{text}: caption cannot be read ({e}); expected UTF-8 text beside {file.name}; write it")
+                continue
+            if caption:
+                yield Row(number, Picture(file), Picture(file), caption)
+            else:
+                yield BadRow(number, f"{text}: empty caption; expected a sentence that describes {file.name}; write one")
+
+    return Source(len(files), rows())
+
+
+def check(row: Row, limits: Limits) -> Record | BadRow:
+    """Decodes every picture of a row; the record keeps the bytes of PNG and JPEG files as they are, others become PNG."""
+    try:
+        target, target_file = _load(row.target, limits)
+        target_box = _box(row.target, target, limits)
+        if row.reference.path == row.target.path:
+            reference, reference_file = target, b""
+        else:
+            reference, reference_file = _load(row.reference, limits)
+        reference_box = _box(row.reference, reference, limits)
+        mask = b"" if row.mask is None else _mask(row.mask, *reference.shape[:2])
+    except UserError as e:
+        return BadRow(row.number, str(e))
+    return Record(
+        row.number, target_file, target_box, reference_file, reference_box, mask, row.caption.strip(), row.subject.strip()
+    )
+
+
+def png(picture: np.ndarray) -> bytes:
+    """uint8 `[H, W, 3]`, or grey `[H, W]`, as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def _load(picture: Picture, limits: Limits) -> tuple[np.ndarray, bytes]:
+    pixels = images.load_image(picture.path, max_pixels=limits.max_pixels, data=picture.data)
+    file = picture.path.read_bytes() if picture.data is None else picture.data
+    return pixels, file if file.startswith((b"\x89PNG", b"\xff\xd8\xff")) else png(pixels)
+
+
+def _box(picture: Picture, pixels: np.ndarray, limits: Limits) -> np.ndarray:
+    """Top, left, bottom, right of the part that counts."""
+    height, width = pixels.shape[:2]
+    top, left, bottom, right = 0, 0, height, width
+    if picture.half != "whole":
+        side = height // STEP * STEP
+        if not side or width < 2 * side or width - 2 * side > 2 * STEP:
+            raise UserError(
+                f"{picture.path}: {width} x {height} pixels; expected two squares side by side with little padding; "
+                "leave it out, or crop it"
+            )
+        top = (height - side) // 2
+        left = top if picture.half == "left" else width - top - side
+        bottom, right = top + side, left + side
+    if min(bottom - top, right - left) < limits.min_side:
+        raise UserError(
+            f"{picture.path}: tiny, {right - left} x {bottom - top} pixels; expected at least {limits.min_side} a side; "
+            "use a larger picture, or lower --min-side"
+        )
+    return np.array((top, left, bottom, right), np.int32)
+
+
+def _mask(path: Path, height: int, width: int) -> bytes:
+    found = images.load_image(path).shape[:2]
+    if found != (height, width):
+        raise UserError(
+            f"{path}: a mask of {found[1]} x {found[0]} pixels; expected the reference's size, {width} x {height}; resize it"
+        )
+    return png(np.round(images.load_mask(path, height, width) * 255).astype(np.uint8))
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as e:
+        raise UserError(
+            f"--source {path}: cannot be read ({e.strerror}); expected a {MANIFEST} with a JSON object a line; check the path"
+        ) from e
+    if not any(line.strip() for line in lines):
+        raise UserError(f"--source {path}: empty; expected a JSON object a line; write at least one")
+    return lines
+
+
+def _each(entries: Any, rows: Callable[[int, dict[str, Any]], Iterator[Row]]) -> Iterator[Row | BadRow]:
+    """`rows(number, entry)` of every entry (an object, or a line of JSON); what it raises becomes a bad row."""
+    for number, entry in enumerate(entries, 1):
+        try:
+            if isinstance(entry, bytes):
+                if not entry.strip():
+                    continue
+                entry = _object(entry)
+            yield from rows(number, entry)
+        except UserError as e:
+            yield BadRow(number, str(e))
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"broken JSON ({e}); expected one object a line; correct it") from e
+    if not isinstance(entry, dict):
+        raise UserError(f"JSON {type(entry).__name__}; expected an object, {{...}}; correct it")
+    return entry
+
+
+def _check_fields(entry: dict[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    missing, unknown = [k for k in required if k not in entry], sorted(entry.keys() - {*required, *optional})
+    if missing or unknown:
+        raise UserError(
+            f"missing fields {missing}, unknown fields {unknown}; expected {', '.join(required)} and optionally "
+            f"{', '.join(optional)}; correct the names"
+        )
+
+
+def _text(entry: dict[str, Any], field: str) -> str:
+    value = entry.get(field)
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise UserError(f"{'empty ' if value in ('', None) else ''}{field} {value!r}; expected text; write it")
+    return value
+
+
+def _names(subject: str, caption: str) -> bool:
+    """Whether the caption has the subject's words, as whole words, in whatever case and spacing."""
+    words = r"\s+".join(re.escape(w) for w in subject.split())
+    return re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE) is not None
+
+
+def _composite(image: Any, folder: Path, number: int) -> Picture:
+    if isinstance(image, str):
+        return Picture(folder / image)
+    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
+        return Picture(folder / (image.get("path") or f"image of row {number}"), image["bytes"])
+    raise UserError(f"image {str(image)[:60]!r}; expected a file name, or an embedded picture in parquet; correct it")
+
+
+def _parquet(shards: list[Path]) -> tuple[int, Iterator[dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = []
+    for shard in shards:
+        try:
+            files.append(pq.ParquetFile(shard))
+        except (pa.ArrowException, OSError) as e:
+            reason = str(e).splitlines()[0]
+            raise UserError(f"--source {shard}: not a whole parquet file ({reason}); download it again") from e
+        if not {"image", "description"} <= set(files[-1].schema_arrow.names):
+            raise UserError(
+                f"--source {shard}: columns {files[-1].schema_arrow.names}; expected image, description, "
+                "quality_assessment, as in Subjects200K; check the path"
+            )
+
+    def entries() -> Iterator[dict[str, Any]]:
+        for file in files:
+            wanted = [c for c in ("image", "description", "quality_assessment") if c in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=16, columns=wanted):
+                yield from batch.to_pylist()
+
+    return sum(f.metadata.num_rows for f in files), entries()

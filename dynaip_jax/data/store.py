@@ -1,0 +1,143 @@
+"""Datasets on disk: a tensorflow-datasets folder of array_record shards, written and read without TensorFlow.
+
+A folder holds tfds' own files (`dataset_info.json`, `features.json`, the shards) and `index.npz`: for every row the target's
+size, the number of its row in the source, and whether it has a mask, so that planning an epoch reads no picture.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynaip_jax.errors import UserError
+
+NAME, SPLIT, VERSION = "subjects", "train", "1.0.0"
+INFO, INDEX = "dataset_info.json", "index.npz"
+ROWS_A_SHARD = 2048
+WRITTEN_AT_ONCE = 32
+
+
+class Record(NamedTuple):
+    """One row. Pictures are the bytes of PNG or JPEG files; a box is int32 `[4]`: top, left, bottom, right in pixels."""
+
+    number: int  # of the row in its source, from 1
+    target: bytes
+    target_box: np.ndarray
+    reference: bytes  # empty: the same file as the target
+    reference_box: np.ndarray
+    mask: bytes  # the subject in the whole reference picture, white on black, as 8-bit grey PNG; empty: none
+    caption: str
+    subject: str  # the words of the caption that name the subject; may be empty
+
+
+def write_dataset(folder: Path, records: Iterable[Record]) -> int:
+    """Writes the dataset into an existing, empty `folder`, in the order given; returns the number of rows.
+
+    Raises `UserError` if there are none, and `OSError` if the disk is full.
+    """
+    import tensorflow_datasets as tfds
+
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=NAME, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description="Pictures of one subject each, with captions and reference pictures (dynaip_jax).",
+        features=tfds.features.FeaturesDict(_features()),
+        disable_shuffling=True,
+    )
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=ROWS_A_SHARD, file_format="array_record")
+    writer.initialize_splits([SPLIT])
+    sizes, numbers, masked = [], [], []
+    stream = iter(records)
+    while some := list(itertools.islice(stream, WRITTEN_AT_ONCE)):
+        writer.add_examples({SPLIT: [r._asdict() for r in some]})
+        for r in some:
+            top, left, bottom, right = r.target_box
+            sizes.append((bottom - top, right - left))
+            numbers.append(r.number)
+            masked.append(bool(r.mask))
+    if not numbers:
+        raise UserError("dataset: no rows are left to write; expected at least one; correct the rows named above")
+    writer.close_all()
+    np.savez(
+        folder / INDEX,
+        sizes=np.array(sizes, np.int32), numbers=np.array(numbers, np.int64), masked=np.array(masked, bool),
+    )  # fmt: skip
+    return len(numbers)
+
+
+class Dataset:
+    """A dataset on disk, with random access: `dataset[i]` -> `Record`. May be sent to other processes.
+
+    `sizes` int32 `[n, 2]`: height and width of the targets; `numbers` int64 `[n]`: of the rows in their source; `masked`
+    bool `[n]`. Raises `UserError` for a folder that is missing or was not written by `write_dataset`, and for files that
+    are missing, damaged or do not belong together.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not (self.path / INFO).is_file() or not (self.path / INDEX).is_file():
+            raise UserError(
+                f"dataset {self.path}: no {INFO} and {INDEX} there; expected a folder written by python -m train.prepare; "
+                "check the path, or run it"
+            )
+        try:
+            with np.load(self.path / INDEX, allow_pickle=False) as index:
+                self.sizes, self.numbers, self.masked = (index[k] for k in ("sizes", "numbers", "masked"))
+        except Exception as e:  # zip, NumPy and the file system each have their own
+            raise self._damaged(INDEX, e) from e
+        if len(self._source) != len(self.sizes):
+            raise self._damaged(INDEX, f"{len(self.sizes)} rows, the shards hold {len(self._source)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, row: int) -> Record:
+        try:
+            found = dict(self._source[row])
+        except Exception as e:  # array_record and protobuf each have their own
+            raise self._damaged(f"row {row}", e) from e
+        return Record(**found | {k: found[k].decode() for k in ("caption", "subject")})
+
+    @cached_property
+    def _source(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder_from_directory(self.path)
+            if set(builder.info.features or ()) != set(Record._fields):
+                raise ValueError(f"fields {sorted(builder.info.features or ())}, expected {sorted(Record._fields)}")
+            return builder.as_data_source(SPLIT)
+        except Exception as e:  # tfds raises whatever its parts raise
+            raise self._damaged(INFO, e) from e
+
+    def _damaged(self, what: str, reason: Any) -> UserError:
+        reason = str(reason).strip().splitlines()[0][:200] if str(reason).strip() else type(reason).__name__
+        return UserError(
+            f"dataset {self.path}: {what} is damaged ({reason}); expected what python -m train.prepare wrote; run it again"
+        )
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """The dataset in a folder written by `write_dataset`. Errors as in `Dataset`."""
+    return Dataset(path)
+
+
+def _features() -> dict[str, Any]:
+    import tensorflow_datasets as tfds
+
+    f = tfds.features
+    file, box = f.Tensor(shape=(), dtype=np.object_), f.Tensor(shape=(4,), dtype=np.int32)
+    return dict(
+        number=f.Scalar(np.int64), target=file, target_box=box, reference=file, reference_box=box, mask=file,
+        caption=f.Text(), subject=f.Text(),
+    )  # fmt: skip

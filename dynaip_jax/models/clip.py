@@ -1,0 +1,290 @@
+"""CLIP's two towers: text (FLUX reads its pooled state) and vision (the adapter reads its hidden states).
+
+Source: Radford et al., arXiv 2103.00020; transformers `CLIPTextModel`, `CLIPVisionModel` and their Flax forms, to whose
+parameters ours map one to one, but that blocks are stacked (leading "layers" axis) and heads have an axis of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dynaip_jax import ops
+from dynaip_jax.models.hf import check_config, config_from_hf
+from dynaip_jax.models.layers import LayerNorm, embedding, linear, scanned
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+LEGACY_EOS = 2  # the wrong `eos_token_id` of old config files: there the highest id marks the end of the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TowerConfig:
+    """What both towers have, in transformers' field names.
+
+    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `ops.KERNELS`; `dtype`: activations and matrix
+    products; `param_dtype`: the parameters that `init` makes.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        check_config(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if self.hidden_size % self.num_attention_heads:
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r}: expected one of {tuple(ACTIVATIONS)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig(_TowerConfig):
+    """Sizes of the text tower, in transformers' field names and with its defaults, and how it is computed.
+
+    Raises `ValueError` for sizes that do not fit.
+    """
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_config(self, "vocab_size", "max_position_embeddings")
+        if type(self.eos_token_id) is not int:
+            raise ValueError(f"eos_token_id {self.eos_token_id!r}: expected one whole number")
+
+    @classmethod
+    def large(cls, **changes) -> CLIPTextConfig:
+        """CLIP-L, FLUX's pooled text encoder: 768 wide, 12 blocks, 77 tokens."""
+        return cls(**{**dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12), **changes})
+
+    @classmethod
+    def tiny(cls, **changes) -> CLIPTextConfig:
+        """For tests and the embedded default: 32 wide, 2 blocks, the real 77 tokens."""
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        return cls(**{**sizes, "vocab_size": 128, "eos_token_id": 127, **changes})
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], **changes) -> CLIPTextConfig:
+        """The config in the dictionary of a transformers CLIP `config.json`, of the text tower or of both.
+
+        `changes` are fields of ours. Raises `UserError` for another kind of model or activation and for sizes that do
+        not fit.
+        """
+        return config_from_hf(cls, _tower(hf, "text_config"), dict(model_type=("clip_text_model",)), changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig(_TowerConfig):
+    """Sizes of the vision tower, in transformers' field names and with its defaults, and how it is computed.
+
+    Images are squares of `image_size` pixels, cut in squares of `patch_size`. Raises `ValueError` for sizes that do not
+    fit.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_config(self, "image_size", "patch_size")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
+
+    @property
+    def tokens(self) -> int:
+        """Rows of a hidden state: the class token, then the patches row by row."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def large(cls, **changes) -> CLIPVisionConfig:
+        """ViT-L/14 at 224 pixels: 1024 wide, 24 blocks, 257 tokens."""
+        sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+        return cls(**{**sizes, "patch_size": 14, **changes})
+
+    @classmethod
+    def tiny(cls, **changes) -> CLIPVisionConfig:
+        """For tests and the embedded default: 32 wide, 4 blocks, 17 tokens of a 32-pixel image."""
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+        return cls(**{**sizes, "image_size": 32, "patch_size": 8, **changes})
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], **changes) -> CLIPVisionConfig:
+        """The config in the dictionary of a transformers CLIP `config.json`, of the vision tower or of both.
+
+        `changes` are fields of ours. Raises `UserError` for another kind of model or activation, for images of other
+        than 3 channels and for sizes that do not fit.
+        """
+        supported = dict(model_type=("clip_vision_model",), num_channels=(3,))
+        return config_from_hf(cls, _tower(hf, "vision_config"), supported, changes)
+
+
+class CLIPBlock(nn.Module):
+    """Self-attention, then the MLP, each on the normed stream `x` `[b, n, c]`; `causal`: no row sees a later one."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array):
+        c = self.config
+        h = _norm(c, "layer_norm1")(x)
+        heads = (c.num_attention_heads, c.head_dim)
+        q, k, v = (_linear(c, heads, ("embed", "heads", "head_dim"), f"{name}_proj")(h) for name in "qkv")
+        bias = jnp.triu(jnp.full((1, 1, x.shape[1], x.shape[1]), -jnp.inf), 1) if self.causal else None
+        attn = ops.attention(q, k, v, bias=bias, kernel=c.attention)
+        x = x + _linear(c, c.hidden_size, ("heads", "head_dim", "embed"), "out_proj", axis=(-2, -1))(attn)
+
+        h = _linear(c, c.intermediate_size, ("embed", "mlp"), "fc1")(_norm(c, "layer_norm2")(x))
+        return x + _linear(c, c.hidden_size, ("mlp", "embed"), "fc2")(ACTIVATIONS[c.hidden_act](h)), None
+
+
+class CLIPText(nn.Module):
+    """Token ids `input_ids` int `[b, t]` -> (last states, normed, `[b, t, c]`; pooled `[b, c]`) in `config.dtype`.
+
+    Pooled is the state of the first token `eos_token_id` (of the first row, if there is none); with the legacy value 2,
+    of the highest id: transformers' own rule. Raises `ValueError` for more than `max_position_embeddings` tokens.
+    """
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        b, t = input_ids.shape
+        if t > c.max_position_embeddings:
+            raise ValueError(f"{t} tokens: this text encoder takes at most {c.max_position_embeddings}")
+        dtypes = dict(dtype=c.dtype, param_dtype=c.param_dtype)
+        x = embedding(c.vocab_size, c.hidden_size, name="token_embedding", **dtypes)(input_ids)
+        x = x + _table(self, "position_embedding", c.max_position_embeddings, c.hidden_size)[:t]
+        x, _ = scanned(CLIPBlock, c.num_hidden_layers, remat=c.remat)(c, causal=True, name="blocks")(x)
+        x = _norm(c, "final_layer_norm")(x)
+        ends = input_ids if c.eos_token_id == LEGACY_EOS else input_ids == c.eos_token_id
+        return x, x[jnp.arange(b), jnp.argmax(ends, axis=-1)]
+
+    @staticmethod
+    def inputs_spec(config: CLIPTextConfig, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`, by name, at full length."""
+        return dict(input_ids=jax.ShapeDtypeStruct((batch, config.max_position_embeddings), jnp.int32))
+
+
+class CLIPVision(nn.Module):
+    """Images -> (hidden states, each `[b, m, c]`, in the order of `layers`; pooled `[b, c]` or None) in `config.dtype`.
+
+    `pixel_values` `[b, H, W, 3]`: normalised, channels last, H = W = `image_size`. `layers` are the indices of
+    transformers' `hidden_states`: 0 = the normed embeddings, n = after block n; none has the post-layernorm. Row 0 is
+    the class token. Blocks above the highest layer asked for are not computed; then there is no pooled state (the
+    post-normed class token of the last block). The parameters are those of all blocks, whatever `layers` is. Raises
+    `ValueError` for images of another shape and for layers that the model does not have.
+    """
+
+    config: CLIPVisionConfig
+
+    @nn.compact
+    def __call__(
+        self, pixel_values: jax.Array, layers: tuple[int, ...] = (10, 17, 24)
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        c = self.config
+        last = c.num_hidden_layers
+        if not layers or not all(0 <= n <= last for n in layers):
+            raise ValueError(f"layers {tuple(layers)}: this vision encoder has {last} blocks, so expected 0 to {last}")
+        shape = (c.image_size, c.image_size, 3)
+        if pixel_values.shape[1:] != shape:
+            raise ValueError(f"images of shape {pixel_values.shape[1:]}: expected {shape}, channels last")
+
+        x = _with_class_token(self, _patches(c)(pixel_values))
+        x = _norm(c, "pre_layernorm")(x + _table(self, "position_embedding", c.tokens, c.hidden_size))
+        blocks = scanned(CLIPBlock, last, remat=c.remat)(c, name="blocks")
+        post_layernorm = _norm(c, "post_layernorm")
+        if self.is_initializing():  # parameters for every block and the last norm, whatever is asked for
+            post_layernorm(blocks(x)[0])
+
+        stacked: Any = self.get_variable("params", "blocks")
+        block = scanned(CLIPBlock, 1, remat=c.remat)(c, parent=None)
+        wanted = np.asarray(layers)[:, None, None, None]
+
+        def step(carry, n):
+            x, states = carry
+            x, _ = block.apply({"params": jax.tree.map(lambda p: jax.lax.dynamic_slice_in_dim(p, n, 1), stacked)}, x)
+            return (x, jnp.where(wanted == n + 1, x, states)), None
+
+        start = (x, jnp.broadcast_to(x, (len(layers), *x.shape)))
+        (x, states), _ = jax.lax.scan(step, start, jnp.arange(max(layers)))
+        return tuple(states), post_layernorm(x[:, 0]) if max(layers) == last else None
+
+    @staticmethod
+    def inputs_spec(config: CLIPVisionConfig, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the array arguments of `__call__`, by name."""
+        return dict(pixel_values=jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, 3), jnp.float32))
+
+
+def _tower(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The part of a two-tower config under `key`. In old files `{key}_dict` takes its place, as in transformers."""
+    if hf.get("model_type") != "clip" and key not in hf:
+        return hf
+    return next((hf[k] for k in (f"{key}_dict", key) if hf.get(k) is not None), {})
+
+
+def _linear(c: _TowerConfig, features, axes, name: str, axis=-1) -> nn.DenseGeneral:
+    return linear(features, axes, name=name, axis=axis, dtype=c.dtype, param_dtype=c.param_dtype)
+
+
+def _norm(c: _TowerConfig, name: str) -> LayerNorm:
+    return LayerNorm(eps=c.layer_norm_eps, param_dtype=c.param_dtype, name=name)
+
+
+def _table(module: nn.Module, name: str, rows: int, width: int) -> jax.Array:
+    """A parameter `[rows, width]` with a row for each position, in the compute dtype."""
+    c = module.config  # type: ignore[attr-defined]
+    init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+    return module.param(name, init, (rows, width), c.param_dtype).astype(c.dtype)
+
+
+def _patches(c: CLIPVisionConfig) -> nn.Conv:
+    """Pixels `[b, H, W, 3]` -> one vector for each patch `[b, rows, columns, c]`."""
+    size = (c.patch_size, c.patch_size)
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, None, "embed"))
+    return nn.Conv(
+        c.hidden_size, size, strides=size, padding="VALID", use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype,
+        kernel_init=init, name="patch_embedding",
+    )  # fmt: skip
+
+
+def _with_class_token(module: nn.Module, patches: jax.Array) -> jax.Array:
+    """Patches `[b, rows, columns, c]` as rows `[b, m, c]` behind the learned class token."""
+    c = module.config  # type: ignore[attr-defined]
+    init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
+    token = module.param("class_embedding", init, (c.hidden_size,), c.param_dtype).astype(c.dtype)
+    rows = patches.reshape(patches.shape[0], -1, c.hidden_size)
+    return jnp.concatenate([jnp.broadcast_to(token, (rows.shape[0], 1, c.hidden_size)), rows], axis=1)

@@ -1,0 +1,45 @@
+"""Configs from the `config.json` of transformers, and the checks that the encoders' configs share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from dynaip_jax import ops
+from dynaip_jax.errors import UserError
+from dynaip_jax.models.layers import REMAT_POLICIES
+
+OURS = ("dtype", "param_dtype", "remat", "attention")  # a config.json's own `dtype` says how its weights were saved
+
+Config = TypeVar("Config")
+
+
+def check_config(config: Any, *sizes: str) -> None:
+    """Raises `ValueError` unless the fields `sizes` are whole numbers above 0, and `remat` and `attention` known."""
+    for name in sizes:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} {value!r}: expected a whole number above 0")
+    for name, known in (("remat", tuple(REMAT_POLICIES)), ("attention", ops.KERNELS)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} {getattr(config, name)!r}: expected one of {known}")
+
+
+def config_from_hf(
+    cls: type[Config], hf: Mapping[str, Any], supported: Mapping[str, tuple], changes: Mapping[str, Any]
+) -> Config:
+    """`cls` with the fields that the dictionary `hf` has, then `changes`; the other entries of `hf` are ignored.
+
+    `supported` lists the values that an entry of `hf` may have where it is present. Raises `UserError` for another
+    value and for sizes that `cls` refuses; the caller knows the file and names it.
+    """
+    for name, values in supported.items():
+        if name in hf and hf[name] not in values:
+            expected = " or ".join(map(repr, values))
+            raise UserError(f"{name} {hf[name]!r}: expected {expected}; use a checkpoint of that kind")
+    names = {f.name for f in dataclasses.fields(cls)} - set(OURS)  # type: ignore[arg-type]
+    try:
+        return cls(**{**{k: v for k, v in hf.items() if k in names}, **changes})
+    except ValueError as e:
+        raise UserError(f"{e}; download it again or use a checkpoint of a supported kind") from e

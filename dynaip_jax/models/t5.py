@@ -1,0 +1,148 @@
+"""The encoder of T5 v1.1 (gated GELU), as FLUX reads its prompts: every token attends to every token, padding too.
+
+Source: transformers `T5EncoderModel`; Raffel et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202 (gated GELU). Blocks
+are stacked (leading "layers" axis). The residual stream is float32 whatever the compute dtype: T5-XXL's outgrows float16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dynaip_jax import ops
+from dynaip_jax.models.hf import check_config, config_from_hf
+from dynaip_jax.models.layers import RMSNorm, embedding, linear, scanned
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of the encoder, in transformers' field names and with its defaults, and how it is computed.
+
+    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `ops.KERNELS`; `dtype`: matrix products and the
+    output; `param_dtype`: the parameters that `init` makes. Raises `ValueError` for sizes that do not fit.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_heads: int = 8
+    num_layers: int = 6
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        buckets, distance = "relative_attention_num_buckets", "relative_attention_max_distance"
+        check_config(self, "vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", buckets, distance)
+        if self.relative_attention_num_buckets % 4:
+            raise ValueError(f"{buckets} {self.relative_attention_num_buckets}: expected a multiple of 4")
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            found = self.relative_attention_max_distance
+            raise ValueError(f"{distance} {found}: expected more than a quarter of {buckets}")
+
+    @classmethod
+    def xxl(cls, **changes) -> T5Config:
+        """T5-v1.1-XXL, FLUX's text encoder: 4.8 B parameters."""
+        return cls(**{**dict(d_model=4096, d_ff=10240, num_heads=64, num_layers=24), **changes})
+
+    @classmethod
+    def tiny(cls, **changes) -> T5Config:
+        """For tests and the embedded default: 32 wide, 2 blocks."""
+        return cls(**{**dict(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2), **changes})
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], **changes) -> T5Config:
+        """The config in the dictionary of a transformers T5 `config.json`; `changes` are fields of ours.
+
+        Raises `UserError` for other kinds of T5 (ReLU, ungated, UMT5, a decoder) and for sizes that do not fit.
+        """
+        hf = {"feed_forward_proj": "relu"} | dict(hf)  # transformers' default, which we do not support
+        supported: dict[str, tuple] = dict(
+            model_type=("t5",), feed_forward_proj=("gated-gelu",), dense_act_fn=("gelu_new",), is_decoder=(False,)
+        )
+        return config_from_hf(cls, hf, supported, changes)
+
+
+def relative_position_bucket(length: int, buckets: int, max_distance: int) -> np.ndarray:
+    """Row of the bias table for each (query, key) position, int32 `[length, length]`; keys after it use the upper half.
+
+    In each half, distances below a quarter of `buckets` have a row of their own; larger ones share rows, evenly in log
+    distance up to `max_distance`. In float32, as in transformers: the borders between rows depend on it.
+    """
+    relative = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half, exact = buckets // 2, buckets // 4
+    distance = np.abs(relative)
+    log_steps = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / math.log(max_distance / exact)
+    coarse = np.minimum(exact + (log_steps * (half - exact)).astype(np.int32), half - 1)
+    return (np.where(relative > 0, half, 0) + np.where(distance < exact, distance, coarse)).astype(np.int32)
+
+
+class T5Block(nn.Module):
+    """Self-attention, then the gated MLP, each on the normed residual stream `x` `[b, t, c]` (float32)."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array):
+        c = self.config
+        h = _norm(c, "attn_norm")(x)
+        heads, axes = (c.num_heads, c.d_kv), ("embed", "heads", "head_dim")
+        q, k, v = (_linear(c, heads, axes, name)(h) for name in "qkv")
+        attn = ops.attention(q, k, v, bias=bias, scale=1.0, kernel=c.attention)
+        x = x + _linear(c, c.d_model, ("heads", "head_dim", "embed"), "o", axis=(-2, -1))(attn)
+
+        h = _norm(c, "mlp_norm")(x)
+        gate = nn.gelu(_linear(c, c.d_ff, ("embed", "mlp"), "wi_0")(h), approximate=True)
+        h = gate * _linear(c, c.d_ff, ("embed", "mlp"), "wi_1")(h)
+        wide = jnp.float32 if c.dtype == jnp.float16 else c.dtype  # this product outgrows float16 in T5-XXL
+        return x + _linear(c, c.d_model, ("mlp", "embed"), "wo", dtype=wide)(h), None
+
+
+class T5Encoder(nn.Module):
+    """Token ids `input_ids` int `[b, t]` -> states `[b, t, d_model]` in `config.dtype`, after the final norm.
+
+    There is no mask: padding is read like any token, as FLUX was trained. Any length `t` is taken.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        c = self.config
+        x = embedding(c.vocab_size, c.d_model, name="shared", dtype=c.dtype, param_dtype=c.param_dtype)(input_ids)
+        init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "heads"))
+        shape = (c.relative_attention_num_buckets, c.num_heads)
+        table = self.param("relative_attention_bias", init, shape, c.param_dtype)
+        rows = relative_position_bucket(input_ids.shape[1], shape[0], c.relative_attention_max_distance)
+        bias = jnp.moveaxis(table.astype(jnp.float32)[rows], -1, 0)[None]
+
+        blocks = scanned(T5Block, c.num_layers, remat=c.remat, in_axes=(nn.broadcast,))
+        x, _ = blocks(c, name="blocks")(x.astype(jnp.float32), bias)
+        return _norm(c, "final_norm")(x).astype(c.dtype)
+
+    @staticmethod
+    def inputs_spec(config: T5Config, batch: int = 1, text_rows: int = 8) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`, by name (any config takes any length)."""
+        return dict(input_ids=jax.ShapeDtypeStruct((batch, text_rows), jnp.int32))
+
+
+def _norm(c: T5Config, name: str) -> RMSNorm:
+    return RMSNorm(eps=c.layer_norm_epsilon, axis_name="embed", param_dtype=c.param_dtype, name=name)
+
+
+def _linear(c: T5Config, features, axes, name: str, axis=-1, dtype: DTypeLike | None = None) -> nn.DenseGeneral:
+    dtype = c.dtype if dtype is None else dtype
+    return linear(features, axes, name=name, axis=axis, use_bias=False, dtype=dtype, param_dtype=c.param_dtype)
