@@ -138,7 +138,7 @@ def sample(args: argparse.Namespace) -> int:
     }
     if not args.reference:
         for name in ("mask", "fit", "image_scale", "text_gain", "granularity", "image_start", "image_end"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, []):
                 raise UserError(
                     f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG"
                 )
@@ -218,9 +218,15 @@ def _load_noise(path: Path):
         raise UserError(f"--noise {path}: cannot be read as a NumPy array ({e}); expected a .npy file of floats") from e
 
 
+def run(argv: Sequence[str] | None = None) -> int:
+    """Parses `argv` and runs its command; raises `UserError` for what it cannot take."""
+    args = build_parser().parse_args(argv)
+    return args.run(args)
+
+
 def main() -> int:
     """Entry point of the `dynaip` script."""
-    return run_cli(lambda argv: (args := build_parser().parse_args(argv)).run(args))
+    return run_cli(run)
 
 
 if __name__ == "__main__":

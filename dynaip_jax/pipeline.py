@@ -160,7 +160,6 @@ class DynaIPPipeline:
         ]
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        text = self.encode_text([prompt] + ([negative_prompt] if negative_prompt is not None else []))
         image_prompt, routing = None, None
         if references:
             size = self.configs["clip_vision"].image_size
@@ -173,6 +172,7 @@ class DynaIPPipeline:
             )
             routing = np.asarray(weights[0]).reshape(len(references), -1, 3).mean(axis=1)
 
+        text = self.encode_text([prompt] + ([negative_prompt] if negative_prompt is not None else []))
         times = flow.schedule(steps, (latent[1] // 2) * (latent[2] // 2), self.schedule)
         with _progress_bar(steps, progress) as reporting:
             latents = denoise(

@@ -6,4 +6,40 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest  # noqa: E402
+import skimage.data  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from dynaip_jax import cli, default  # noqa: E402
+from dynaip_jax.errors import run_cli  # noqa: E402
+
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(bundle folder, adapter folder) of the embedded default, made once."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        return default.paths()
+
+
+@pytest.fixture(scope="session")
+def photograph(tmp_path_factory):
+    """A real photograph, not square (400 x 600), as a file."""
+    path = tmp_path_factory.mktemp("pictures") / "coffee.jpg"
+    Image.fromarray(skimage.data.coffee()).save(path)
+    return path
+
+
+@pytest.fixture
+def dynaip(capsys):
+    """Runs the `dynaip` command in this process -> (exit status, stdout, stderr)."""
+
+    def run(*words):
+        status = run_cli(cli.run, [str(w) for w in words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -6,6 +6,7 @@ Pure functions of (sizes, buckets, global batch, seed): no state, no communicati
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -43,10 +44,11 @@ def buckets(resolution: int, aspects: Sequence[str]) -> tuple[Bucket, ...]:
         raise UserError(f"resolution {resolution}: expected at least 64 pixels; choose a larger one")
     found: dict[tuple[int, int], Bucket] = {}
     for name in aspects:
-        width, _, height = name.partition(":")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and 0.25 <= int(width) / max(int(height), 0.1) <= 4):
+        match = re.fullmatch(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})", name)
+        ratio = int(match[1]) / int(match[2]) if match else 0
+        if not 0.25 <= ratio <= 4:
             raise UserError(f"aspect {name!r}: expected width:height between 1:4 and 4:1, such as 3:2; correct it")
-        root = (int(width) / int(height)) ** 0.5
+        root = ratio**0.5
         size = (round(resolution / root / MULTIPLE) * MULTIPLE, round(resolution * root / MULTIPLE) * MULTIPLE)
         if size in found:
             raise UserError(

@@ -62,9 +62,9 @@ class BadRow(NamedTuple):
 
 
 class Source(NamedTuple):
-    """`rows` in order, from `count` entries."""
+    """`rows` in order, from `entries` lines, files or parquet rows."""
 
-    count: int
+    entries: int
     rows: Iterator[Row | BadRow]
 
 
@@ -92,7 +92,9 @@ def read_manifest(path: Path) -> Source:
         _check_fields(entry, fields, optional=("mask",))
         reference, target, caption, subject = (_text(entry, k) for k in fields)
         if not _names(subject, caption):
-            raise UserError(f"subject {subject!r} is not in the caption {caption!r}; expected words of the caption; copy them")
+            raise UserError(
+                f"subject {subject!r} is not in the caption {caption!r}; expected words of the caption; copy them"
+            )
         mask = folder / _text(entry, "mask") if entry.get("mask") is not None else None
         return Row(number, Picture(folder / target), Picture(folder / reference), caption, subject, mask)
 
@@ -112,8 +114,13 @@ def read_subjects200k(path: Path, min_quality: int = 0) -> Source:
     def rows(number: int, entry: dict[str, Any]) -> Iterator[Row]:
         description, quality = entry.get("description"), entry.get("quality_assessment") or {}
         if not isinstance(description, dict) or not isinstance(quality, dict):
-            raise UserError("'description' and 'quality_assessment' are not objects; expected the fields of Subjects200K")
-        if description.get("description_valid") is False or min((quality.get(s) or 0) for s in SCORES) < min_quality:
+            raise UserError(
+                "'description' and 'quality_assessment' are not objects; expected the fields of Subjects200K"
+            )
+        scores = [quality.get(s) for s in SCORES]
+        if description.get("description_valid") is False:
+            return
+        if min_quality and not all(isinstance(s, int | float) and s >= min_quality for s in scores):
             return
         picture = _composite(entry.get("image"), folder, number)
         captions = [_text(description, f"description_{n}") for n in (0, 1)]
@@ -133,7 +140,9 @@ def read_subjects200k(path: Path, min_quality: int = 0) -> Source:
 def read_folder(path: Path) -> Source:
     """A row for each picture under `path`, in sorted order. Raises `UserError` if there is none."""
     if not path.is_dir():
-        raise UserError(f"--source {path}: no such folder; expected one of pictures with a .txt beside each; check the path")
+        raise UserError(
+            f"--source {path}: no such folder; expected one of pictures with a .txt beside each; check the path"
+        )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"--source {path}: empty, no picture in it; expected {images.KINDS} files; check the path")
@@ -144,12 +153,16 @@ def read_folder(path: Path) -> Source:
             try:
                 caption = text.read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as e:
-                yield BadRow(number, f"{text}: caption cannot be read ({e}); expected UTF-8 text beside {file.name}; write it")
+                yield BadRow(
+                    number, f"{text}: caption cannot be read ({e}); expected UTF-8 text beside {file.name}; write it"
+                )
                 continue
             if caption:
                 yield Row(number, Picture(file), Picture(file), caption)
             else:
-                yield BadRow(number, f"{text}: empty caption; expected a sentence that describes {file.name}; write one")
+                yield BadRow(
+                    number, f"{text}: empty caption; expected a sentence that describes {file.name}; write one"
+                )
 
     return Source(len(files), rows())
 
@@ -165,11 +178,11 @@ def check(row: Row, limits: Limits) -> Record | BadRow:
             reference, reference_file = _load(row.reference, limits)
         reference_box = _box(row.reference, reference, limits)
         mask = b"" if row.mask is None else _mask(row.mask, *reference.shape[:2])
-    except UserError as e:
+    except (UserError, OSError) as e:
         return BadRow(row.number, str(e))
     return Record(
         row.number, target_file, target_box, reference_file, reference_box, mask, row.caption.strip(), row.subject.strip()
-    )
+    )  # fmt: skip
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -278,7 +291,7 @@ def _composite(image: Any, folder: Path, number: int) -> Picture:
         return Picture(folder / image)
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         return Picture(folder / (image.get("path") or f"image of row {number}"), image["bytes"])
-    raise UserError(f"image {str(image)[:60]!r}; expected a file name, or an embedded picture in parquet; correct it")
+    raise UserError(f"image {repr(image)[:60]}; expected a file name, or an embedded picture in parquet; correct it")
 
 
 def _parquet(shards: list[Path]) -> tuple[int, Iterator[dict[str, Any]]]:

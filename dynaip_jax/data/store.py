@@ -104,9 +104,12 @@ class Dataset:
     def __getitem__(self, row: int) -> Record:
         try:
             found = dict(self._source[row])
-        except Exception as e:  # array_record and protobuf each have their own
+            record = Record(**found | {k: found[k].decode() for k in ("caption", "subject")})
+        except Exception as e:  # array_record and protobuf each have their own; an empty record decodes to None
             raise self._damaged(f"row {row}", e) from e
-        return Record(**found | {k: found[k].decode() for k in ("caption", "subject")})
+        if record.number != self.numbers[row]:
+            raise self._damaged(f"row {row}", f"it says {record.number}, {INDEX} says {self.numbers[row]}")
+        return record
 
     @cached_property
     def _source(self) -> Any:

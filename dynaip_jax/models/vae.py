@@ -161,7 +161,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = _conv(c, c.ch, 3, "conv_in")(x.astype(c.dtype))
+        x = _conv(c, c.ch, 3, "conv_in")(x)
         for i, width in enumerate(c.widths):
             resample = "downsample" if i < len(c.widths) - 1 else None
             x = Level(c, width, c.num_res_blocks, resample, name=f"down_{i}")(x)
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = _conv(c, c.widths[-1], 3, "conv_in")(x.astype(c.dtype))
+        x = _conv(c, c.widths[-1], 3, "conv_in")(x)
         x = Mid(c, name="mid")(x)
         for i, width in reversed(list(enumerate(c.widths))):
             x = Level(c, width, c.num_res_blocks + 1, "upsample" if i else None, name=f"up_{i}")(x)

@@ -1,0 +1,140 @@
+"""The pipeline on the embedded tiny model: what each option does, and what it must not do."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynaip_jax.adapter.dynaip import DynaIPConfig, adapter_to_dict, init_adapter_params
+from dynaip_jax.bundle import write_adapter
+from dynaip_jax.errors import UserError
+from dynaip_jax.pipeline import DynaIPPipeline
+
+SIZE = dict(steps=3, height=32, width=48)
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return DynaIPPipeline.load(tiny[0])
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return DynaIPPipeline.load(*tiny)
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    return draw(base)
+
+
+def draw(pipe, *references, **options):
+    return np.asarray(pipe("a cat", references, **(SIZE | options)).images[0])
+
+
+def photographs():
+    import skimage.data
+
+    return skimage.data.astronaut(), skimage.data.coffee()
+
+
+def test_scale_zero_is_the_base_bit_for_bit(pipe, plain):
+    np.testing.assert_array_equal(draw(pipe, photographs()[0], image_scale=0.0), plain)
+    assert (draw(pipe, photographs()[0]) != plain).any()
+
+
+def test_a_fresh_adapter_is_the_base_bit_for_bit(tiny, base, plain, tmp_path):
+    config = DynaIPConfig.for_base(base.configs["transformer"], 32, hmoe=dict(levels=(2, 3, 4)), blocks="all")
+    params = jax.tree.map(np.asarray, init_adapter_params(config, jax.random.key(0)))
+    identity = dict(family="flux", fingerprint=base.bundle.fingerprint)
+    write_adapter(tmp_path / "fresh", adapter_to_dict(config), params, base=identity, step=0, conventions={})
+    fresh = DynaIPPipeline.load(tiny[0], tmp_path / "fresh")
+    np.testing.assert_array_equal(draw(fresh, photographs()[0], text_gain=1.0), plain)
+
+
+def test_every_reference_option_acts(pipe):
+    a, b = photographs()
+    mask = np.zeros((32, 48), np.float32)
+    mask[:, :24] = 1
+    variants = [
+        draw(pipe, a),
+        draw(pipe, b),
+        draw(pipe, b, fit="crop"),
+        draw(pipe, a, b),
+        draw(pipe, a, b, masks=[mask, 1 - mask]),
+        draw(pipe, a, b, masks=[1 - mask, mask]),
+        draw(pipe, a, image_scale=0.5),
+        draw(pipe, a, text_gain=1.0),
+        draw(pipe, a, granularity=(1, 0, 0)),
+        draw(pipe, a, granularity=(0, 0, 1)),
+        draw(pipe, a, image_start=0.4),
+        draw(pipe, a, image_end=0.4),
+    ]
+    for i, x in enumerate(variants):
+        for y in variants[:i]:
+            assert (x != y).any()
+
+
+def test_start_and_end_count_steps(pipe, plain):
+    """Of 3 steps, [0.34, 0.6) holds none but [0.3, 0.4) holds the second."""
+    a = photographs()[0]
+    np.testing.assert_array_equal(draw(pipe, a, image_start=0.34, image_end=0.6), plain)
+    assert (draw(pipe, a, image_start=0.3, image_end=0.4) != plain).any()
+
+
+def test_granularity_is_reported_as_used_and_scale_free(pipe):
+    a = photographs()[0]
+    result = pipe("a cat", [a], granularity=(0, 2, 6), **SIZE)
+    np.testing.assert_allclose(result.routing, [[0, 0.25, 0.75]])
+    np.testing.assert_array_equal(np.asarray(result.images[0]), draw(pipe, a, granularity=(0, 1, 3)))
+    routed = pipe("a cat", photographs(), **SIZE).routing
+    assert routed.shape == (2, 3) and np.allclose(routed.sum(axis=1), 1, atol=1e-5) and routed.std() > 0
+
+
+def test_each_seed_can_be_drawn_alone(base):
+    three = base("a cat", seed=5, num_images=3, **SIZE)
+    assert three.seeds == [5, 6, 7]
+    alone = base("a cat", seed=7, **SIZE).images[0]
+    difference = np.abs(np.asarray(three.images[2], int) - np.asarray(alone, int))
+    assert difference.max() <= 1  # batched products may round differently
+    assert (np.asarray(three.images[0]) != np.asarray(three.images[1])).any()
+
+
+def test_true_cfg_steers_and_scale_one_is_plain(base, plain):
+    assert (draw(base, negative_prompt="a dog", true_cfg=3.0) != plain).any()
+    one = np.asarray(draw(base, negative_prompt="a dog", true_cfg=1.0), int)
+    assert np.abs(one - np.asarray(plain, int)).max() <= 1
+
+
+def test_references_as_path_picture_or_array_are_one(pipe, photograph):
+    picture = Image.open(photograph)
+    drawn = [draw(pipe, r) for r in (photograph, picture, np.asarray(picture))]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+def test_bfloat16_draws_about_the_same(tiny, plain):
+    half = draw(DynaIPPipeline.load(tiny[0], dtype="bfloat16"))
+    error = np.abs(half.astype(int) - plain.astype(int)).mean()
+    assert 0 < error < 20
+
+
+def test_what_would_be_cut_from_a_prompt_is_said(base):
+    with pytest.warns(UserWarning, match="CLIP encoder takes no more; it does not see: 'z'"):
+        result = base("x" * 75 + "z", **SIZE)
+    assert len(result.warnings) == 1
+    assert base("x" * 75, **SIZE).warnings == []
+
+
+def test_an_adapter_without_references_and_the_reverse(pipe, base):
+    with pytest.raises(UserError, match="--adapter: no reference"):
+        draw(pipe)
+    with pytest.raises(UserError, match="--reference: no adapter"):
+        draw(base, photographs()[0])
+
+
+def test_weights_that_are_not_finite_are_named(base):
+    broken = DynaIPPipeline(base.bundle, base.configs, dict(base.params), base.tokenizers, None)
+    broken.params["vae"] = jax.tree.map(lambda x: x * np.nan, base.params["vae"])
+    with pytest.raises(UserError, match="weights of vae hold NaN"):
+        draw(broken)
