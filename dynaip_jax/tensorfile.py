@@ -54,7 +54,7 @@ class TensorFile(Mapping[str, np.ndarray]):
 def _shards(index: Path) -> list[Path]:
     try:
         names = json.loads(index.read_text())["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{index}: not a safetensors index ({e}); expected JSON with 'weight_map'; download it again"
         ) from e

@@ -45,7 +45,9 @@ def test_several_images_have_settings_and_a_grid(dynaip, tiny, photograph, tmp_p
 def test_embedded_default_and_noise(dynaip, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path(tiny[0]).parents[2]))
     np.save(tmp_path / "n.npy", np.zeros((1, 16, 4, 4), np.float32))
-    status, _, stderr = dynaip("sample", "--prompt", "x", "--noise", tmp_path / "n.npy", "--output", tmp_path / "o.png", *SMALL)
+    status, _, stderr = dynaip(
+        "sample", "--prompt", "x", "--noise", tmp_path / "n.npy", "--output", tmp_path / "o.png", *SMALL
+    )
     assert status == 0 and "embedded tiny model with random weights" in stderr
     assert read_settings(tmp_path / "o.png")["seed"] is None
 
@@ -215,7 +217,9 @@ def test_existing_pictures_are_kept_unless_told(dynaip, tiny, tmp_path):
 
 
 def test_long_prompt_warns_and_draws(dynaip, tiny, tmp_path):
-    status, _, stderr = dynaip("sample", "--model", tiny[0], "--prompt", "y" * 75 + "tail", "--output", tmp_path / "o.png", *SMALL)
+    status, _, stderr = dynaip(
+        "sample", "--model", tiny[0], "--prompt", "y" * 75 + "tail", "--output", tmp_path / "o.png", *SMALL
+    )
     assert status == 0 and stderr == "warning: prompt: the CLIP encoder takes no more; it does not see: 'tail'\n"
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from typing import Any
 
 import grain
@@ -70,7 +74,7 @@ class BatchIterator(grain.DatasetIterator):
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
             )
             options = grain.MultiprocessingOptions(self._workers, self._prefetch)
-            self._inner = iter(batches.mp_prefetch(options))
+            self._inner = iter(batches.mp_prefetch(options, _start_worker))
             self._inner.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
@@ -96,3 +100,18 @@ class BatchIterator(grain.DatasetIterator):
         if self._inner is not None:
             self._inner.close()
             self._inner = None
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Workers live exactly as long as the trainer: they leave signals sent to the whole group to it (it still needs
+    batches while it saves), and end when it ends, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

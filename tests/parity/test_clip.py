@@ -1,7 +1,7 @@
 """CLIP's towers against transformers' torch (5.x) and Flax (4.x) ones, random weights, float32 on CPU.
 
-Tolerance: max |ours - theirs| <= 1e-4 of max |theirs|, for each output and each hidden state; what is seen is about 1e-6,
-the rounding of float32.
+Tolerance: max |ours - theirs| <= 1e-5 of max |theirs|, for each output and each hidden state (the tanh GELU in place of
+the exact one is 5e-5 off); what is seen is about 5e-7, the rounding of float32.
 """
 
 import json
@@ -33,7 +33,7 @@ IDS[1, 7] = EOS
 IDS[2, 5] = 55  # no end: the highest id is here
 
 
-def assert_close(ours, theirs, tolerance=1e-4):
+def assert_close(ours, theirs, tolerance=1e-5):
     theirs = np.asarray(theirs)
     assert np.shape(ours) == theirs.shape
     assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
@@ -154,13 +154,13 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is():
     ours, exact = text(CLIPTextConfig.from_hf(TEXT, **half), tensors_of(model)), run_text(model)
     assert {x.dtype for x in ours} == {jnp.dtype(jnp.bfloat16)}
     for mine, true, theirs in zip(ours, exact, run_text(model.bfloat16()), strict=True):
-        assert 0 < error(mine, true) <= 2 * error(theirs, true)
+        assert 0 < error(mine, true) <= 1.5 * error(theirs, true)
 
     model = vision_model()
     (ours, pooled), (exact, exact_pooled) = vision(CLIPVisionConfig.from_hf(VISION, **half), tensors_of(model)), run_vision(model)
     theirs, their_pooled = run_vision(model.bfloat16(), torch.bfloat16)
     for mine, true, half in zip([*ours, pooled], [*exact, exact_pooled], [*theirs, their_pooled], strict=True):
-        assert 0 < error(mine, true) <= 2 * error(half, true)
+        assert 0 < error(mine, true) <= 1.5 * error(half, true)
 
 
 def test_layers_come_in_the_order_asked_for():
@@ -233,16 +233,6 @@ def test_every_parameter_has_logical_axes():
         boxes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
         assert all(len(b.names) == len(b.value.shape) for b in boxes)
         assert tree["blocks"]["q_proj"]["kernel"].names == ("layers", "embed", "heads", "head_dim")
-
-
-def test_apply_takes_boxed_parameters_on_a_mesh():
-    config = CLIPVisionConfig.tiny()
-    spec = CLIPVision.inputs_spec(config)
-    boxed = jax.eval_shape(partial(CLIPVision(config).init, layers=(0,)), jax.random.key(0), **spec)
-    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh), nn.logical_axis_rules([("heads", "tensor"), ("mlp", "tensor")]):
-        (state,), pooled = jax.eval_shape(partial(CLIPVision(config).apply, layers=(4,)), boxed, **spec)
-    assert (state.shape, pooled.shape) == ((1, 17, 32), (1, 32))
 
 
 def test_every_way_to_save_a_tower_gives_the_same_parameters(tmp_path):

@@ -64,7 +64,7 @@ def test_picture_of_diffusers(model, tmp_path, height, width, batch, negative):
     command += ["--prompt", PROMPT, "--steps", str(steps)]
     command += ["--guidance", "2.5"] if dev else []
     command += ["--negative-prompt", negative, "--true-cfg", "3"] if negative is not None else []
-    assert run_cli(lambda argv: cli.sample(cli.build_parser().parse_args(argv)), ["sample", *command]) == 0
+    assert run_cli(cli.run, ["sample", *command]) == 0
 
     files = [out] if batch == 1 else [tmp_path / f"out_{k}.png" for k in range(batch)]
     ours = np.stack([np.asarray(Image.open(f)) for f in files]).astype(int)

@@ -1,7 +1,7 @@
 """The T5 encoder against transformers' torch (5.x) and Flax (4.x) encoders, random weights, float32 on CPU.
 
-Tolerance: max |ours - theirs| <= 1e-4 of max |theirs|; what is seen is about 1e-6, the rounding of float32. Lengths reach
-past the last bucket of relative positions.
+Tolerance: max |ours - theirs| <= 1e-5 of max |theirs|; what is seen is about 6e-7, the rounding of float32. Lengths
+reach past the last bucket of relative positions.
 """
 
 import json
@@ -26,7 +26,7 @@ RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, T5["vocab_size"], (2, 150)).astype(np.int32)
 
 
-def assert_close(ours, theirs, tolerance=1e-4):
+def assert_close(ours, theirs, tolerance=1e-5):
     theirs = np.asarray(theirs)
     assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
 
@@ -87,7 +87,7 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is(model, tensors):
     out = ours(T5Config.from_hf(T5, dtype=jnp.bfloat16), tensors)
     assert out.dtype == jnp.bfloat16
     mine, theirs = (np.sqrt(np.mean((np.asarray(y, np.float32) - exact) ** 2)) for y in (out, theirs))
-    assert 0 < mine <= 2 * theirs
+    assert 0 < mine <= 1.5 * theirs
 
 
 def test_float16_takes_a_residual_stream_past_its_range(tensors):

@@ -4,6 +4,7 @@ Tolerance: max |ours - theirs| <= 1e-4 of max |theirs|; what is seen is up to 2e
 """
 
 import json
+import re
 from dataclasses import replace
 
 import flax.linen as nn
@@ -25,9 +26,16 @@ from tools.convert_torch_weights import engine
 from tools.convert_torch_weights import vae as convert_vae
 
 FLUX = dict(
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=256,
-    use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=16,
+    sample_size=256,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
 )
 
 
@@ -127,6 +135,14 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is(oracle, batch):
         assert x.dtype == jnp.float32
         error, allowed = (np.sqrt(np.mean((out - last(z)) ** 2)) for out in (np.asarray(x), last(y)))
         assert 0 < error <= 2 * allowed
+
+
+def test_bfloat16_convolutions_run_in_bfloat16(oracle, batch):
+    _, config, params = oracle
+    half = VAE(replace(config, dtype=jnp.bfloat16))
+    program = str(jax.make_jaxpr(lambda images: half.apply({"params": params}, images))(batch[0]))
+    convolutions = re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", program)
+    assert len(convolutions) > 20 and set(convolutions) == {"bf16"}
 
 
 def test_full_size_names_and_shapes():

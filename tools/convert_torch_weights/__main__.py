@@ -191,17 +191,19 @@ def _config(folder: Path, read: Callable[[dict[str, Any]], Any], part: str | Non
 
 
 def _single_file(path: Path) -> Found:
+    """A transformer or a VAE in BFL's layout; the config is read off the shapes."""
     file = TensorFile(path)
-    if any(n.startswith(("decoder.conv_in.", "decoder.mid")) for n in file):
-        component = {"vae": Source(vae.VAEConfig.flux(), file, file.files, vae.params_from_torch)}
-    else:
-        shapes = {n: file.shape(n) for n in file}
-        if flux.layout_of(shapes) != "bfl":
-            raise UserError(
-                f"--source {path}: a diffusers transformer without its config; pass the folder that holds model_index.json"
-            )
-        component = {"transformer": Source(flux.config_from_bfl(shapes), file, file.files, flux.params_from_torch)}
-    return Found(component, {}, None)
+    shapes = {n: file.shape(n) for n in file}
+    name, module = (
+        ("vae", vae) if any(n.startswith(("encoder.", "decoder.")) for n in shapes) else ("transformer", flux)
+    )
+    if module.layout_of(shapes) != "bfl":
+        raise UserError(
+            f"--source {path}: a diffusers {name} without its config; expected BFL's layout in a single file; "
+            "pass the folder that holds model_index.json"
+        )
+    source = Source(module.config_from_bfl(shapes), file, file.files, module.params_from_torch)
+    return Found({name: source}, {}, None)
 
 
 def _clip_vision(path: Path) -> Source:

@@ -138,3 +138,31 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
         ) from e
     except (TypeError, ValueError) as e:
         raise UserError(f"vae/config.json: {e}; use the vae folder of a FLUX.1 model") from e
+
+
+def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
+    """`VAEConfig` of a BFL single file, read off its tensor shapes (it holds no config); FLUX's scale and shift.
+
+    Raises `UserError` if a tensor needed for this is missing or the sizes do not fit each other.
+    """
+
+    def count(prefix: str) -> int:
+        return 1 + max((int(n.removeprefix(prefix).split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
+
+    try:
+        ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+        levels = count("encoder.down.")
+        return VAEConfig(
+            in_channels=in_channels,
+            ch=ch,
+            out_ch=shapes["decoder.conv_out.weight"][0],
+            ch_mult=tuple(shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] // ch for n in range(levels)),
+            num_res_blocks=count("encoder.down.0.block."),
+            z_channels=shapes["decoder.conv_in.weight"][1],
+        )
+    except KeyError as e:
+        raise UserError(
+            f"vae: tensor {e.args[0]} is missing; expected a whole FLUX.1 autoencoder in BFL's layout"
+        ) from e
+    except ValueError as e:
+        raise UserError(f"vae: not FLUX.1's autoencoder: {e}; expected BFL's ae.safetensors") from e

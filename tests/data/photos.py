@@ -1,0 +1,75 @@
+"""Photographs of scikit-image as the three layouts of `dynaip_jax.data.rows`, and tokenizers small enough to read."""
+
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from skimage import data
+
+from dynaip_jax.data.rows import Limits, check, png, read_manifest
+from dynaip_jax.data.store import write_dataset
+
+CAPTIONS = {  # name: caption, subject
+    "astronaut": ("an astronaut smiling in front of a flag", "astronaut"),  # 512 x 512
+    "chelsea": ("a photograph of a ginger cat on a sofa", "ginger cat"),  # 300 x 451
+    "coffee": ("a cup of coffee on a wooden table", "cup of coffee"),  # 400 x 600
+    "rocket": ("A Rocket on the launch pad", "rocket"),  # 427 x 640
+}
+
+
+class WordIds:
+    """Ids of words, [n, 8] and [n, 77], padded with 0."""
+
+    def t5(self, texts):
+        return self._ids(texts, 8)
+
+    def clip(self, texts):
+        return self._ids(texts, 77)
+
+    def _ids(self, texts, length):
+        ids = np.zeros((len(texts), length), np.int32)
+        for n, text in enumerate(texts):
+            words = [zlib.crc32(w.encode()) % 1000 + 1 for w in text.split()][:length]
+            ids[n, : len(words)] = words
+        return ids
+
+
+@cache
+def photo(name: str) -> bytes:
+    return png(getattr(data, name)())
+
+
+def entries(folder: Path) -> list[dict]:
+    """Manifest entries of the photographs, whose files this writes into `folder`; the cat's has a mask."""
+    for name in CAPTIONS:
+        (folder / f"{name}.png").write_bytes(photo(name))
+    mask = np.zeros(data.chelsea().shape[:2], np.uint8)
+    mask[50:250, 100:350] = 255
+    (folder / "mask.png").write_bytes(png(mask))
+    found = [
+        dict(reference=f"{name}.png", target=f"{name}.png", caption=caption, subject=subject)
+        for name, (caption, subject) in CAPTIONS.items()
+    ]
+    found[1]["mask"] = "mask.png"
+    found[2]["reference"] = "rocket.png"
+    return found
+
+
+def write_lines(folder: Path, lines: list) -> Path:
+    """A manifest of `lines`: objects, or text that is written as it is."""
+    path = folder / "metadata.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def make_dataset(folder: Path, lines: list | None = None, times: int = 1) -> Path:
+    """A dataset of the photographs, or of `lines`, all of them `times` times."""
+    pictures, out = folder / "pictures", folder / "dataset"
+    pictures.mkdir()
+    out.mkdir()
+    found = entries(pictures)
+    manifest = write_lines(pictures, (found if lines is None else lines) * times)
+    write_dataset(out, (check(row, Limits()) for row in read_manifest(manifest).rows))
+    return out

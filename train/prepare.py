@@ -1,0 +1,137 @@
+"""Pictures and captions on disk -> a dataset that training reads.
+
+python -m train.prepare --source photos/metadata.jsonl --out data/photos
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from dynaip_jax.bundle import replacing
+from dynaip_jax.data import rows
+from dynaip_jax.data.rows import BadRow, Limits, Source
+from dynaip_jax.data.store import INDEX, Record, write_dataset
+from dynaip_jax.errors import Parser, UserError, run_cli
+
+
+class Prepared(NamedTuple):
+    """How many rows were written, and those that were left out."""
+
+    written: int
+    bad: list[BadRow]
+
+
+def prepare(
+    source: Source, out: Path, limits: Limits, *, jobs: int = 1, skip_bad: bool = False, overwrite: bool = False
+) -> Prepared:
+    """Checks every row of `source`, in `jobs` threads, and writes the good ones as a dataset to the folder `out`.
+
+    Each bad row is told on stderr as it is found. `out` appears whole or not at all. Raises `UserError` if a row is bad,
+    once all have been checked, unless `skip_bad`; if none is good; and if `out` exists, unless `overwrite`.
+    """
+    bad: list[BadRow] = []
+
+    def good() -> Iterator[Record]:
+        from tqdm import tqdm
+
+        with tqdm(total=source.entries, desc="checking", unit="row", disable=None) as bar:
+            for checked in _checked(source, limits, jobs):
+                bar.update(checked.number - bar.n)
+                if isinstance(checked, BadRow):
+                    bad.append(checked)
+                    tqdm.write(f"row {checked.number}: {' '.join(checked.reason.split())}", file=sys.stderr)
+                elif skip_bad or not bad:
+                    yield checked
+        if bad and not skip_bad:
+            raise UserError(f"{len(bad)} bad rows, named above; nothing was written; correct them, or pass --skip-bad")
+
+    with replacing(out, overwrite=overwrite, marks=(INDEX,)) as work:
+        return Prepared(write_dataset(work, good()), bad)
+
+
+def _checked(source: Source, limits: Limits, jobs: int) -> Iterator[Record | BadRow]:
+    """Every row, checked, in order; only a few at a time are in memory."""
+    waiting: deque[Future[Record | BadRow]] = deque()
+    with ThreadPoolExecutor(jobs) as pool:
+        for row in source.rows:
+            if isinstance(row, BadRow):
+                waiting.append(pool.submit(lambda bad: bad, row))
+            else:
+                waiting.append(pool.submit(rows.check, row, limits))
+            if len(waiting) > 2 * jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m train.prepare",
+        description="Checks pictures and captions and writes them as a dataset (tensorflow-datasets, array_record).",
+        epilog=rows.__doc__
+        + """
+examples:
+  python -m train.prepare --source photos/metadata.jsonl --out data/photos
+  python -m train.prepare --source Subjects200K/ --format subjects200k --min-quality 5 --out data/subjects200k
+  python -m train.prepare --source pictures/ --format folder --out data/pictures --skip-bad""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--source", type=Path, required=True, metavar="PATH", help="the layout's file or folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--format", choices=("manifest", "subjects200k", "folder"), default="manifest", help="the layout"
+    )
+    parser.add_argument(
+        "--min-quality", type=int, metavar="N",
+        help="subjects200k: leave out pairs with a quality score below N, from 0 to 5 (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-side",
+        type=int,
+        default=Limits.min_side,
+        metavar="PIXELS",
+        help="smaller pictures are bad rows (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=Limits.max_pixels,
+        metavar="N",
+        help="larger pictures are bad rows (%(default)s)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="threads that decode (%(default)s)"
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, instead of stopping")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: expected at least 1")
+    if args.min_quality is not None and (args.format != "subjects200k" or not 0 <= args.min_quality <= 5):
+        raise UserError(
+            f"--min-quality {args.min_quality} with --format {args.format}: expected 0 to 5, with --format subjects200k"
+        )
+
+    match args.format:
+        case "manifest":
+            source = rows.read_manifest(args.source)
+        case "subjects200k":
+            source = rows.read_subjects200k(args.source, args.min_quality or 0)
+        case "folder":
+            source = rows.read_folder(args.source)
+    limits = Limits(args.min_side, args.max_pixels)
+    done = prepare(source, args.out, limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
+    left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
+    print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
