@@ -6,8 +6,9 @@ size, the number of its row in the source, and whether it has a mask, so that pl
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ def write_dataset(folder: Path, records: Iterable[Record]) -> int:
     sizes, numbers, masked = [], [], []
     stream = iter(records)
     while some := list(itertools.islice(stream, WRITTEN_AT_ONCE)):
-        writer.add_examples({SPLIT: [r._asdict() for r in some]})
+        with _as_os_error():
+            writer.add_examples({SPLIT: [r._asdict() for r in some]})
         for r in some:
             top, left, bottom, right = r.target_box
             sizes.append((bottom - top, right - left))
@@ -64,7 +66,8 @@ def write_dataset(folder: Path, records: Iterable[Record]) -> int:
             masked.append(bool(r.mask))
     if not numbers:
         raise UserError("dataset: no rows are left to write; expected at least one; correct the rows named above")
-    writer.close_all()
+    with _as_os_error():
+        writer.close_all()
     np.savez(
         folder / INDEX,
         sizes=np.array(sizes, np.int32), numbers=np.array(numbers, np.int64), masked=np.array(masked, bool),
@@ -133,6 +136,15 @@ class Dataset:
 def open_dataset(path: str | Path) -> Dataset:
     """The dataset in a folder written by `write_dataset`. Errors as in `Dataset`."""
     return Dataset(path)
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """array_record reports a full disk, and whatever else the file system refuses, as a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise OSError(str(e).splitlines()[0]) from e
 
 
 def _features() -> dict[str, Any]:

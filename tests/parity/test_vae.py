@@ -188,8 +188,10 @@ def test_every_kind_of_mismatch_names_both_sides(oracle):
         convert_vae.params_from_torch({n: p for n, p in good.items() if n != name} | {"surplus": np.zeros(2)}, config)
     with pytest.raises(UserError, match=rf"wrong shape: {name}: found \[3, 3\], expected \[64, 64\]"):
         convert_vae.params_from_torch(good | {name: np.zeros((3, 3))}, config)
+    spoiled = good[name].copy()
+    spoiled[3, 5] = np.nan
     with pytest.raises(UserError, match=f"{name} holds NaN"):
-        convert_vae.params_from_torch(good | {name: good[name] * np.nan}, config)
+        convert_vae.params_from_torch(good | {name: spoiled}, config)
     with pytest.raises(UserError, match="neither BFL's.*'unet.weight'"):
         convert_vae.params_from_torch({"unet.weight": np.zeros(2)}, config)
 

@@ -1,10 +1,11 @@
 """`python -m train.prepare`: what it writes, says and refuses."""
 
 import json
-import os
+import resource
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from PIL import Image
 
 from dynaip_jax.data import rows, store
 from dynaip_jax.data.store import open_dataset
-from dynaip_jax.errors import UserError, run_cli
+from dynaip_jax.errors import run_cli
 from tests.data.photos import CAPTIONS, entries, photo, write_lines
 from train import prepare
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def left_behind(folder):
 
 def test_as_a_program(manifest, tmp_path):
     command = [sys.executable, "-m", "train.prepare", "--source", manifest, "--out", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'out'}: 4 rows from 4 entries of {manifest}\n"
     dataset = open_dataset(tmp_path / "out")
@@ -124,15 +127,16 @@ def test_a_folder_of_something_else_is_never_replaced(manifest, tmp_path, capsys
     assert "holds something else" in capsys.readouterr().err and manifest.is_file()
 
 
-def test_a_full_disk_leaves_nothing(manifest, tmp_path, monkeypatch):
-    def full(folder, records):
-        (folder / "half").write_text("written")
-        next(iter(records))
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(prepare, "write_dataset", full)
-    with pytest.raises(UserError, match="out: writing failed .No space left on device.; nothing was changed"):
-        prepare.main(["--source", str(manifest), "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize("limit", [100, 400_000])  # reached by tfds' own files, and by the shard
+def test_a_disk_that_fills_up_leaves_nothing(manifest, tmp_path, limit):
+    """A limit on the size of files stands for the disk: the write fails in the same place, with another reason."""
+    done = subprocess.run(
+        [sys.executable, "-m", "train.prepare", "--source", manifest, "--out", tmp_path / "out"],
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --out {tmp_path / 'out'}: writing failed (")
+    assert "File too large" in done.stderr and "nothing was changed" in done.stderr and done.stderr.count("\n") == 1
     assert left_behind(tmp_path) == []
 
 
