@@ -219,6 +219,26 @@ def write_bundle(
         (work / BUNDLE_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
+def replace_component(
+    bundle: Bundle, path: Path, name: str, params: Mapping[str, Any], origin: dict[str, Any], *, overwrite: bool = False
+) -> None:
+    """Writes a copy of `bundle` to `path` with other parameters, of the same shapes, for one component; `origin` says
+    where they came from."""
+    with replacing(path, overwrite=overwrite, option="--bundle") as work:
+        for part in bundle.path.iterdir():
+            if part.is_dir() and part.name != name:
+                shutil.copytree(part, work / part.name)
+        save_params(work / name, params)
+        manifest = json.loads(json.dumps(bundle.manifest))
+        manifest["components"][name] |= dict(
+            dtype=str(next(iter(flatten(params).values())).dtype),
+            provenance=[*manifest["components"][name]["provenance"], origin],
+        )
+        if name == "transformer":
+            manifest["fingerprint"] = fingerprint(params)
+        (work / BUNDLE_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 def write_adapter(
     path: Path,
     config: dict[str, Any],

@@ -19,10 +19,14 @@ SIZE = 128  # pixels
 STEPS = 8
 
 
+def cache_folder() -> Path:
+    """Where this version keeps what it makes on the spot."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynaip_jax" / f"tiny-{__version__}"
+
+
 def paths() -> tuple[Path, Path]:
     """The bundle's and the adapter's folder, in the user's cache; made at the first call (seconds)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynaip_jax" / f"tiny-{__version__}"
-    bundle, adapter = cache / "bundle", cache / "adapter"
+    bundle, adapter = cache_folder() / "bundle", cache_folder() / "adapter"
     if not bundle.exists():
         make_bundle(bundle)
     if not adapter.exists():

@@ -44,6 +44,17 @@ def schedule(steps: int, tokens: int, config: ScheduleConfig) -> np.ndarray:
     return shift_times(np.linspace(1.0, 0.0, steps + 1), config.factor(tokens)).astype(np.float32)
 
 
+def sample_times(key: jax.Array, batch: int, factor: float, *, mean: float = 0.0, std: float = 1.0) -> jax.Array:
+    """Training times `[batch]`: sigmoid of N(mean, std), shifted by `factor` = e^mu as the sampler's are."""
+    return shift_times(jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,))), factor)
+
+
+def interpolate(clean: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x_t = (1 - t) x_0 + t ε and the velocity v = ε - x_0, both `[b, ...]`, for times `[b]`."""
+    t = t.reshape(-1, *[1] * (clean.ndim - 1))
+    return (1 - t) * clean + t * noise, noise - clean
+
+
 def euler(
     velocity: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], x: jax.Array, times: jax.Array
 ) -> jax.Array:

@@ -107,11 +107,19 @@ examples:
         help="larger pictures are bad rows (%(default)s)",
     )
     parser.add_argument(
+        "--shrink", type=int, metavar="PIXELS",
+        help="reduce pictures whose shorter side is longer to this: photographs of many megapixels are slow to train on "
+        "(default: keep them as they are)",
+    )  # fmt: skip
+    parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="threads that decode (%(default)s)"
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args(argv)
+    limits = Limits(args.min_side, args.max_pixels, args.shrink)
+    if args.shrink is not None and args.format == "subjects200k":
+        raise UserError(f"--shrink {args.shrink}: expected another --format than subjects200k, whose files are small")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: expected at least 1")
     if args.min_quality is not None and (args.format != "subjects200k" or not 0 <= args.min_quality <= 5):
@@ -126,7 +134,6 @@ examples:
             source = rows.read_subjects200k(args.source, args.min_quality or 0)
         case "folder":
             source = rows.read_folder(args.source)
-    limits = Limits(args.min_side, args.max_pixels)
     done = prepare(source, args.out, limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
     left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
     print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")

@@ -127,15 +127,17 @@ class Bank(nn.Module):
         return KV((k32 * scale[:, None, None, None, None]).astype(c.dtype), v)
 
 
-def init_adapter_params(config: DynaIPConfig, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters of an adapter: with them the base model is left exactly as it is."""
+def init_adapter_params(config: DynaIPConfig, key: jax.Array, *, boxed: bool = False) -> dict[str, Any]:
+    """Fresh parameters of an adapter: with them the base model is left exactly as it is. `boxed` leaves each in the box
+    that holds its logical axis names."""
     features = [jnp.zeros((1, 1, 2, config.hmoe.clip_width))] * 3
-    return nn.meta.unbox(DynaIP(config).init(key, features))["params"]
+    params = DynaIP(config).init(key, features)["params"]
+    return params if boxed else nn.meta.unbox(params)
 
 
-def abstract_adapter_params(config: DynaIPConfig) -> dict[str, Any]:
-    """Shapes and dtypes of the adapter's parameters, nothing allocated."""
-    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0)))
+def abstract_adapter_params(config: DynaIPConfig, *, boxed: bool = False) -> dict[str, Any]:
+    """Shapes and dtypes of the adapter's parameters, nothing allocated; `boxed`: see `init_adapter_params`."""
+    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0), boxed=boxed))
 
 
 def adapter_to_dict(config: DynaIPConfig) -> dict[str, Any]:

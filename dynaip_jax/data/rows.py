@@ -70,16 +70,20 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may measure: at least `min_side` pixels a side, at most `max_pixels` in the whole file."""
+    """What a picture may measure: at least `min_side` pixels a side, at most `max_pixels` in the whole file. One whose
+    shorter side has more than `shrink` pixels is reduced to that (None: none is)."""
 
     min_side: int = 64
     max_pixels: int = images.MAX_PIXELS
+    shrink: int | None = None
 
     def __post_init__(self) -> None:
         if self.min_side < images.MIN_SIDE:
             raise UserError(f"--min-side {self.min_side}: expected at least {images.MIN_SIDE}")
         if self.max_pixels < self.min_side**2:
             raise UserError(f"--max-pixels {self.max_pixels}: expected at least --min-side squared, {self.min_side**2}")
+        if self.shrink is not None and self.shrink < self.min_side:
+            raise UserError(f"--shrink {self.shrink}: expected at least --min-side, {self.min_side}")
 
 
 def read_manifest(path: Path) -> Source:
@@ -168,16 +172,17 @@ def read_folder(path: Path) -> Source:
 
 
 def check(row: Row, limits: Limits) -> Record | BadRow:
-    """Decodes every picture of a row; the record keeps the bytes of PNG and JPEG files as they are, others become PNG."""
+    """Decodes every picture of a row. The record keeps the bytes of PNG and JPEG files as they are; files of other kinds
+    become PNG, and those that are shrunk PNG or, if they were JPEG, JPEG of quality 95."""
     try:
         target, target_file = _load(row.target, limits)
-        target_box = _box(row.target, target, limits)
         if row.reference.path == row.target.path:
             reference, reference_file = target, b""
         else:
             reference, reference_file = _load(row.reference, limits)
-        reference_box = _box(row.reference, reference, limits)
-        mask = b"" if row.mask is None else _mask(row.mask, *reference.shape[:2])
+        target_box = _box(row.target, *_size(target, limits), limits)
+        reference_box = _box(row.reference, *_size(reference, limits), limits)
+        mask = b"" if row.mask is None else png(_shrunk(_mask(row.mask, *reference.shape[:2]), limits))
     except (UserError, OSError) as e:
         return BadRow(row.number, str(e))
     return Record(
@@ -187,20 +192,44 @@ def check(row: Row, limits: Limits) -> Record | BadRow:
 
 def png(picture: np.ndarray) -> bytes:
     """uint8 `[H, W, 3]`, or grey `[H, W]`, as a PNG file."""
+    return _encoded(picture, "PNG")
+
+
+def _encoded(picture: np.ndarray, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(picture).save(file, kind, **options)
     return file.getvalue()
 
 
 def _load(picture: Picture, limits: Limits) -> tuple[np.ndarray, bytes]:
+    """The pixels as they are, and the file that stands for them in the dataset."""
     pixels = images.load_image(picture.path, max_pixels=limits.max_pixels, data=picture.data)
     file = picture.path.read_bytes() if picture.data is None else picture.data
-    return pixels, file if file.startswith((b"\x89PNG", b"\xff\xd8\xff")) else png(pixels)
+    jpeg, small = file.startswith(b"\xff\xd8\xff"), _shrunk(pixels, limits)
+    if small is not pixels and jpeg:
+        return pixels, _encoded(small, "JPEG", quality=95, subsampling=0)
+    return pixels, file if small is pixels and (jpeg or file.startswith(b"\x89PNG")) else png(small)
 
 
-def _box(picture: Picture, pixels: np.ndarray, limits: Limits) -> np.ndarray:
-    """Top, left, bottom, right of the part that counts."""
+def _size(pixels: np.ndarray, limits: Limits) -> tuple[int, int]:
+    """Height and width that `[H, W, ...]` has in the dataset."""
     height, width = pixels.shape[:2]
+    if limits.shrink is None or min(height, width) <= limits.shrink:
+        return height, width
+    scale = limits.shrink / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def _shrunk(pixels: np.ndarray, limits: Limits) -> np.ndarray:
+    """uint8 `[H, W, 3]` or `[H, W]` in that size; the array itself if it has it."""
+    size = _size(pixels, limits)
+    if size == pixels.shape[:2]:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def _box(picture: Picture, height: int, width: int, limits: Limits) -> np.ndarray:
+    """Top, left, bottom, right of the part that counts, of a picture of `height` x `width`."""
     top, left, bottom, right = 0, 0, height, width
     if picture.half != "whole":
         side = height // STEP * STEP
@@ -220,13 +249,13 @@ def _box(picture: Picture, pixels: np.ndarray, limits: Limits) -> np.ndarray:
     return np.array((top, left, bottom, right), np.int32)
 
 
-def _mask(path: Path, height: int, width: int) -> bytes:
+def _mask(path: Path, height: int, width: int) -> np.ndarray:
     found = images.load_image(path).shape[:2]
     if found != (height, width):
         raise UserError(
             f"{path}: a mask of {found[1]} x {found[0]} pixels; expected the reference's size, {width} x {height}; resize it"
         )
-    return png(np.round(images.load_mask(path, height, width) * 255).astype(np.uint8))
+    return np.round(images.load_mask(path, height, width) * 255).astype(np.uint8)
 
 
 def _lines(path: Path) -> list[bytes]:

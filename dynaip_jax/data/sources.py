@@ -133,8 +133,8 @@ class Pictures:
             record, chance = self.dataset[int(row)], draw(self.config, epoch, int(row))
             whole, shown = pictures(record, f"{self.dataset.path} row {record.number}", self.config.remove_background)
             target[n] = cover(whole, bucket.height, bucket.width)[:, :: -1 if chance.flip_target else 1]
-            shown = crop(shown, *chance.crop)[:, :: -1 if chance.flip_reference else 1]
-            reference[n, 0] = images.clip_pixels(shown, size, self.config.square)
+            shown = images.clip_pixels(crop(shown, *chance.crop), size, self.config.square)
+            reference[n, 0] = shown[:, :: -1 if chance.flip_reference else 1]
             keep[n] = not chance.drop_image
             captions.append("" if chance.drop_text else record.caption)
         t5, clip = self.tokenizers.t5(captions), self.tokenizers.clip(captions)

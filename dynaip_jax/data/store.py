@@ -50,7 +50,6 @@ def write_dataset(folder: Path, records: Iterable[Record]) -> int:
         builder=identity,
         description="Pictures of one subject each, with captions and reference pictures (dynaip_jax).",
         features=tfds.features.FeaturesDict(_features()),
-        disable_shuffling=True,
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=ROWS_A_SHARD, file_format="array_record")
     writer.initialize_splits([SPLIT])

@@ -1,7 +1,7 @@
 """What the models share: parameters with logical axis names, and block stacking.
 
 Logical axis names (mapped to mesh axes by `dynaip_jax.sharding`): "embed" model width, "heads", "head_dim", "mlp",
-"vocab", "layers" (scanned blocks), None = never sharded.
+"vocab", "conv_in", "conv_out", "layers" (scanned blocks), None = never sharded.
 """
 
 from __future__ import annotations

@@ -41,13 +41,14 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in COMPUTE_FIELDS}
 
 
-def init_params(name: str, config: Any, key: jax.Array) -> dict[str, Any]:
-    """Freshly initialised parameters of a component."""
+def init_params(name: str, config: Any, key: jax.Array, *, boxed: bool = False) -> dict[str, Any]:
+    """Freshly initialised parameters of a component; `boxed` leaves each in the box that holds its logical axis names."""
     component = COMPONENTS[name]
     inputs = {k: jnp.zeros(v.shape, v.dtype) for k, v in component.module.inputs_spec(config).items()}
-    return nn.meta.unbox(component.module(config).init(key, **inputs, **component.options(config)))["params"]
+    params = component.module(config).init(key, **inputs, **component.options(config))["params"]
+    return params if boxed else nn.meta.unbox(params)
 
 
-def abstract_params(name: str, config: Any) -> dict[str, Any]:
-    """The nested tree of shapes and dtypes of a component's parameters, nothing allocated."""
-    return jax.eval_shape(lambda: init_params(name, config, jax.random.key(0)))
+def abstract_params(name: str, config: Any, *, boxed: bool = False) -> dict[str, Any]:
+    """The nested tree of shapes and dtypes of a component's parameters, nothing allocated; `boxed`: see `init_params`."""
+    return jax.eval_shape(lambda: init_params(name, config, jax.random.key(0), boxed=boxed))

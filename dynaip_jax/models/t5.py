@@ -1,7 +1,7 @@
 """The encoder of T5 v1.1 (gated GELU), as FLUX reads its prompts: every token attends to every token, padding too.
 
 Source: transformers `T5EncoderModel`; Raffel et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202 (gated GELU). Blocks
-are stacked (leading "layers" axis). The residual stream is float32 whatever the compute dtype: T5-XXL's outgrows float16.
+are stacked (leading "layers" axis). The residual stream is float32 whatever `dtype` is: T5-XXL's outgrows float16.
 """
 
 from __future__ import annotations

@@ -70,6 +70,25 @@ def test_a_turned_photograph_has_its_upright_size(tmp_path):
     assert record.target_box.tolist() == [0, 0, 600, 400]
 
 
+def test_large_pictures_are_shrunk(tmp_path):
+    Image.fromarray(data.rocket()).save(tmp_path / "rocket.jpg", quality=90)  # 427 x 640
+    lines = entries(tmp_path)
+    lines[0] |= dict(reference="rocket.jpg")
+    found = checked(rows.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=150))
+    astronaut, rocket = pixels(found[0])
+    np.testing.assert_array_equal(
+        astronaut, np.asarray(Image.fromarray(data.astronaut()).resize((150, 150), Image.LANCZOS))
+    )
+    assert rocket.shape == (150, 225, 3) and found[0].reference.startswith(b"\xff\xd8\xff")
+    shrunk = np.asarray(Image.fromarray(data.rocket()).resize((225, 150), Image.LANCZOS))
+    assert np.abs(rocket.astype(int) - shrunk).mean() < 3
+    mask = np.asarray(Image.open(io.BytesIO(found[1].mask)))
+    assert mask.shape == pixels(found[1])[0].shape[:2] == (150, 226)
+    assert mask[25:125, 50:175].min() > 200 and mask[:23].max() < 50
+    kept = checked(rows.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=300))[1]
+    assert kept.target == (tmp_path / "chelsea.png").read_bytes()
+
+
 GOOD = dict(reference="chelsea.png", target="chelsea.png", caption="a ginger cat", subject="cat")
 
 
@@ -134,7 +153,8 @@ def test_empty_manifest(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("limits", "found"), [(dict(min_side=7), "--min-side 7"), (dict(max_pixels=10), "--max-pixels 10")]
+    ("limits", "found"),
+    [(dict(min_side=7), "--min-side 7"), (dict(max_pixels=10), "--max-pixels 10"), (dict(shrink=63), "--shrink 63")],
 )
 def test_bad_limits(limits, found):
     with pytest.raises(UserError, match=found):

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,7 +104,19 @@ def test_damage(folder):
         store.open_dataset(folder)
 
 
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
 def test_an_index_with_a_pickle_is_not_loaded(folder):
-    np.savez(folder / store.INDEX, sizes=np.array([object()]), numbers=np.zeros(3), masked=np.zeros(3))
+    trapped = np.array([Trap(folder / "sprung")] * 3, object)
+    np.savez(folder / store.INDEX, sizes=np.zeros((3, 2)), numbers=np.array([1, 3, 4]), masked=trapped)
     with pytest.raises(UserError, match="index.npz is damaged"):
         store.open_dataset(folder)
+    assert not (folder / "sprung").exists()

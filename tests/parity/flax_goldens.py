@@ -12,17 +12,26 @@ from pathlib import Path
 import numpy as np
 
 TEXT = dict(
-    vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-    max_position_embeddings=11, eos_token_id=59,
+    vocab_size=60,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    max_position_embeddings=11,
+    eos_token_id=59,
 )
-VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=20, patch_size=5)
+VISION = dict(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=20, patch_size=5
+)
 T5 = dict(vocab_size=60, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
 
 
 def make_goldens(folder: Path, *kinds: str) -> Path:
     """Fills `folder/<kind>` for each of `kinds` ("clip_text", "clip_vision", "t5") and returns `folder`."""
     transformers_4 = Path(sys.prefix) / "transformers-4"
-    assert transformers_4.is_dir(), f"{transformers_4} is missing: `make` creates it (transformers 4, for its Flax classes)"
+    assert transformers_4.is_dir(), (
+        f"{transformers_4} is missing: `make` creates it (transformers 4, for its Flax classes)"
+    )
     env = os.environ | {"PYTHONPATH": str(transformers_4), "JAX_PLATFORMS": "cpu"}
     child = subprocess.run([sys.executable, __file__, str(folder), *kinds], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

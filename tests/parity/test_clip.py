@@ -157,7 +157,10 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is():
         assert 0 < error(mine, true) <= 1.5 * error(theirs, true)
 
     model = vision_model()
-    (ours, pooled), (exact, exact_pooled) = vision(CLIPVisionConfig.from_hf(VISION, **half), tensors_of(model)), run_vision(model)
+    (ours, pooled), (exact, exact_pooled) = (
+        vision(CLIPVisionConfig.from_hf(VISION, **half), tensors_of(model)),
+        run_vision(model),
+    )
     theirs, their_pooled = run_vision(model.bfloat16(), torch.bfloat16)
     for mine, true, half in zip([*ours, pooled], [*exact, exact_pooled], [*theirs, their_pooled], strict=True):
         assert 0 < error(mine, true) <= 1.5 * error(half, true)
@@ -198,7 +201,10 @@ def test_parameters_are_those_of_all_blocks_whatever_is_asked_for():
 
 
 def test_remat_changes_no_value():
-    cases = ((text, CLIPTextConfig, TEXT, text_model(), "dots"), (vision, CLIPVisionConfig, VISION, vision_model(), "full"))
+    cases = (
+        (text, CLIPTextConfig, TEXT, text_model(), "dots"),
+        (vision, CLIPVisionConfig, VISION, vision_model(), "full"),
+    )
     for run, config, hf, model, remat in cases:
         plain, again = (run(config.from_hf(hf, remat=r), tensors_of(model)) for r in ("none", remat))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), plain, again)
@@ -206,10 +212,19 @@ def test_remat_changes_no_value():
 
 def test_full_size_names_and_shapes():
     text_hf = transformers.CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, max_position_embeddings=77
+        hidden_size=768,
+        intermediate_size=3072,
+        num_attention_heads=12,
+        num_hidden_layers=12,
+        max_position_embeddings=77,
     )
     vision_hf = transformers.CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, image_size=224, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        num_hidden_layers=24,
+        image_size=224,
+        patch_size=14,
     )
     text_config, vision_config = CLIPTextConfig.large(), CLIPVisionConfig.large()
     assert CLIPTextConfig.from_hf(text_hf.to_dict()) == text_config
@@ -245,7 +260,12 @@ def test_every_way_to_save_a_tower_gives_the_same_parameters(tmp_path):
 
     for own, convert, config, projected in (
         ("text_model.", convert_clip.text_params_from_torch, text_config, transformers.CLIPTextModelWithProjection),
-        ("vision_model.", convert_clip.vision_params_from_torch, vision_config, transformers.CLIPVisionModelWithProjection),
+        (
+            "vision_model.",
+            convert_clip.vision_params_from_torch,
+            vision_config,
+            transformers.CLIPVisionModelWithProjection,
+        ),
     ):
         plain = convert(both, config)
         prefixed = {n: both[n] for n in both if n.startswith(own)}
@@ -275,7 +295,9 @@ def test_mismatches_are_named():
         convert_clip.text_params_from_torch(prefixed, CLIPTextConfig.from_hf(TEXT))
     with pytest.raises(UserError, match="unexpected: text_model.surplus"):
         prefixed = {f"text_model.{n}": x for n, x in tensors_of(text_model()).items()}
-        convert_clip.text_params_from_torch(prefixed | {"text_model.surplus": np.zeros(2)}, CLIPTextConfig.from_hf(TEXT))
+        convert_clip.text_params_from_torch(
+            prefixed | {"text_model.surplus": np.zeros(2)}, CLIPTextConfig.from_hf(TEXT)
+        )
 
 
 class Lazy(dict):
@@ -331,7 +353,11 @@ def test_inputs_that_do_not_fit():
 @pytest.mark.parametrize(
     "config,change,message",
     [
-        (CLIPTextConfig, dict(model_type="siglip_text_model"), "model_type 'siglip_text_model': expected 'clip_text_model'"),
+        (
+            CLIPTextConfig,
+            dict(model_type="siglip_text_model"),
+            "model_type 'siglip_text_model': expected 'clip_text_model'",
+        ),
         (CLIPTextConfig, dict(model_type="clip_vision_model"), "model_type 'clip_vision_model'"),
         (CLIPTextConfig, dict(hidden_act="relu"), "hidden_act 'relu': expected one of"),
         (CLIPTextConfig, dict(eos_token_id=[1, 2]), r"eos_token_id \[1, 2\]: expected one whole number"),
@@ -348,12 +374,18 @@ def test_configs_of_other_models(config, change, message):
 
 def test_old_two_tower_configs_are_read_as_transformers_reads_them():
     hf = dict(
-        model_type="clip", text_config=TEXT | dict(eos_token_id=2), text_config_dict=dict(TEXT, eos_token_id=58),
-        vision_config=VISION | dict(hidden_act="gelu"), vision_config_dict=None,
+        model_type="clip",
+        text_config=TEXT | dict(eos_token_id=2),
+        text_config_dict=dict(TEXT, eos_token_id=58),
+        vision_config=VISION | dict(hidden_act="gelu"),
+        vision_config_dict=None,
     )
-    theirs = transformers.CLIPConfig(**{k: v for k, v in hf.items() if k != "model_type"})
     ours = CLIPTextConfig.from_hf(hf), CLIPVisionConfig.from_hf(hf)
-    assert ours == (CLIPTextConfig.from_hf(theirs.text_config.to_dict()), CLIPVisionConfig.from_hf(theirs.vision_config.to_dict()))
+    theirs = transformers.CLIPConfig(**{k: v for k, v in hf.items() if k != "model_type"})  # changes what it is given
+    assert ours == (
+        CLIPTextConfig.from_hf(theirs.text_config.to_dict()),
+        CLIPVisionConfig.from_hf(theirs.vision_config.to_dict()),
+    )
     assert (ours[0].eos_token_id, ours[1].hidden_act) == (58, "gelu")
     assert CLIPVisionConfig.from_hf(dict(model_type="clip")) == CLIPVisionConfig()
     with pytest.raises(UserError, match="model_type 'siglip_vision_model'"):

@@ -67,7 +67,9 @@ def test_states_of_flax(tmp_path):
     folder = make_goldens(tmp_path, "t5") / "t5"
     golden = np.load(folder / "goldens.npz")
     config = T5Config.from_hf(json.loads((folder / "config.json").read_text()))
-    assert_close(ours(config, convert_clip.from_flax(folder / "flax_model.msgpack"), golden["input_ids"]), golden["last"])
+    assert_close(
+        ours(config, convert_clip.from_flax(folder / "flax_model.msgpack"), golden["input_ids"]), golden["last"]
+    )
 
 
 @pytest.mark.parametrize("buckets,distance", [(32, 128), (8, 20)])
@@ -140,7 +142,11 @@ def test_copies_of_the_embedding_and_the_decoder_are_known(tensors):
     alone = {n: x for n, x in tensors.items() if n not in ("shared.weight", "encoder.embed_tokens.weight")}
     shared = tensors["shared.weight"]
     company = {"decoder.block.0.layer.0.SelfAttention.q.weight": np.ones(2), "lm_head.weight": shared}
-    for names in (("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")):
+    for names in (
+        ("shared.weight",),
+        ("encoder.embed_tokens.weight",),
+        ("shared.weight", "encoder.embed_tokens.weight"),
+    ):
         again = convert_t5.params_from_torch(alone | company | dict.fromkeys(names, shared), config)
         jax.tree.map(np.testing.assert_array_equal, plain, again)
 

@@ -1,7 +1,6 @@
 """`python -m train.prepare`: what it writes, says and refuses."""
 
 import json
-import resource
 import subprocess
 import sys
 import threading
@@ -80,6 +79,14 @@ def test_every_bad_row_is_told_and_nothing_written(manifest, tmp_path, capsys):
     assert left_behind(tmp_path) == []
 
 
+def test_nothing_is_written_after_a_bad_row(manifest, tmp_path, monkeypatch):
+    break_two(manifest)
+    written = []
+    monkeypatch.setattr(prepare, "write_dataset", lambda folder, records: written.extend(r.number for r in records))
+    assert run("--source", manifest, "--out", tmp_path / "out") == 2
+    assert written == [1]
+
+
 def test_bad_rows_can_be_left_out(manifest, tmp_path, capsys):
     break_two(manifest)
     assert run("--source", manifest, "--out", tmp_path / "out", "--skip-bad") == 0
@@ -94,6 +101,11 @@ def test_limits_reach_the_check(manifest, tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert [line[:6] for line in told[:-1]] == ["row 2:", "row 3:", "row 4:"]
     assert "tiny" in told[0] and "at most 270000" in told[1] and "at most 270000" in told[2]
+
+
+def test_large_pictures_are_shrunk(manifest, tmp_path):
+    assert run("--source", manifest, "--out", tmp_path / "out", "--shrink", 100) == 0
+    assert open_dataset(tmp_path / "out").sizes.min(axis=1).tolist() == [100] * 4
 
 
 def test_rows_come_in_order_from_many_threads(manifest, tmp_path, monkeypatch):
@@ -130,11 +142,13 @@ def test_a_folder_of_something_else_is_never_replaced(manifest, tmp_path, capsys
 @pytest.mark.parametrize("limit", [100, 400_000])  # reached by tfds' own files, and by the shard
 def test_a_disk_that_fills_up_leaves_nothing(manifest, tmp_path, limit):
     """A limit on the size of files stands for the disk: the write fails in the same place, with another reason."""
-    done = subprocess.run(
-        [sys.executable, "-m", "train.prepare", "--source", manifest, "--out", tmp_path / "out"],
-        capture_output=True, text=True, timeout=60, cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    code = (
+        "import resource, runpy\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "runpy.run_module('train.prepare', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "--source", manifest, "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith(f"error: --out {tmp_path / 'out'}: writing failed (")
     assert "File too large" in done.stderr and "nothing was changed" in done.stderr and done.stderr.count("\n") == 1
     assert left_behind(tmp_path) == []
@@ -148,6 +162,8 @@ def test_a_disk_that_fills_up_leaves_nothing(manifest, tmp_path, limit):
         (["--source", "photos", "--format", "parquet"], "invalid choice: 'parquet'"),
         (["--source", "photos", "--jobs", "0"], "--jobs 0"),
         (["--source", "photos", "--min-side", "2"], "--min-side 2"),
+        (["--source", "photos", "--shrink", "20"], "--shrink 20"),
+        (["--source", "photos", "--shrink", "512", "--format", "subjects200k"], "--shrink 512: expected another"),
         (["--source", "photos", "--min-quality", "3"], "--min-quality 3 with --format manifest"),
         (["--source", "photos", "--min-quality", "6", "--format", "subjects200k"], "--min-quality 6"),
         ([], "--source"),

@@ -1,0 +1,93 @@
+"""Where arrays live: the mesh, and one table from logical axis names to mesh axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dynaip_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # mesh axes that the batch is split over
+
+RULES: Mapping[str | None, str | None] = {  # logical axis -> mesh axis; a name that is not here is an error
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "conv_out": "fsdp",
+    "conv_in": None,
+    "head_dim": None,
+    "layers": None,
+    None: None,
+}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 for at most one of them means all that are left."""
+
+    data: int = -1  # copies of everything, each with its part of the batch
+    fsdp: int = 1  # parameters and optimizer state split; batch split too
+    tensor: int = 1  # heads and MLP width split
+
+
+def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
+    """A mesh over all devices of all processes (or over `devices`).
+
+    Raises `UserError` if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    asked = f"mesh data x fsdp x tensor = {config.data} x {config.fsdp} x {config.tensor}"
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise UserError(f"{asked}: expected positive numbers and at most one -1; correct --mesh.data, .fsdp or .tensor")
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"{asked}: does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices))
+
+
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of an array by its logical axis `names`. An axis that its mesh axis does not divide stays whole, and
+    no mesh axis is used twice. Raises `KeyError` for a name without a rule."""
+    used: set[str] = set()
+    parts: list[str | None] = []
+    for name, size in zip(names, shape, strict=True):
+        axis = RULES[name]
+        if axis is None or axis in used or size % mesh.shape[axis]:
+            parts.append(None)
+        else:
+            used.add(axis)
+            parts.append(axis)
+    return PartitionSpec(*parts)
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """The tree of shardings of an abstract tree whose leaves are boxed with logical names; plain leaves are replicated."""
+
+    def one(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis split over `BATCH`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def abstract(boxed: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a boxed abstract tree, as `jax.ShapeDtypeStruct`s: what a checkpoint restores to."""
+    plain = nn.meta.unbox(boxed)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings(boxed, mesh))

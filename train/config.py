@@ -1,0 +1,193 @@
+"""What a training run is: frozen dataclasses, one recipe a file in `configs/`, every field settable on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import re
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dynaip_jax.data.sources import DataConfig
+from dynaip_jax.errors import UserError
+from dynaip_jax.sharding import MeshConfig
+
+
+@dataclass(frozen=True)
+class AdapterChoices:
+    """The adapter to train; sizes not here are the base's and its CLIP's."""
+
+    blocks: Literal["double", "all"] = "double"  # which blocks of the base it is injected into
+    levels: tuple[int, int, int] = (10, 17, 24)  # CLIP hidden states, low to high
+    router: Literal["image", "token"] = "image"
+    expert_width: int = 4096
+    resampler_tokens: int = 0  # 0 keeps all of CLIP's tokens
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warmup, then a cosine down to `final` x `rate` at step `decay_steps`."""
+
+    rate: float = 1e-4
+    warmup: int = 1000  # steps
+    decay_steps: int = 100_000  # of the schedule; apart from --steps, so that a run can be made longer
+    final: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.01  # of matrices; scales and biases have none
+    clip: float = 1.0  # of the global gradient norm
+    ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The grid drawn while training: one row a prompt; columns reference, text only, DDS on, DDS off."""
+
+    every: int = 0  # steps; 0 = never
+    prompts: tuple[str, ...] = ()  # empty: the captions of the first rows of the dataset
+    references: tuple[str, ...] = ()  # one picture a prompt; empty: the references of the first rows
+    rows: int = 2  # how many, if they come from the dataset
+    size: int = 512  # pixels a side
+    steps: int = 20
+    guidance: float = 3.5
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes. On TPU pods all but `enabled` is found by itself."""
+
+    enabled: bool = False
+    coordinator: str = ""  # host:port of process 0
+    processes: int = 0
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Sizes are global: `batch` is split over the mesh's data and fsdp axes."""
+
+    bundle: str = ""  # the base model; empty = the embedded tiny one
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterChoices = field(default_factory=AdapterChoices)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    trainable: Literal["adapter", "base", "all"] = "adapter"  # "base": the transformer alone, without image prompt
+    fresh_base: bool = False  # train the transformer from random weights instead of the bundle's
+    steps: int = 100_000
+    batch: int = 16
+    accumulate: int = 1  # micro-batches a step
+    guidance: float = 1.0  # embedded in a guidance-distilled base
+    time_mean: float = 0.0  # t = sigmoid(N(mean, std)), then the sampler's own shift
+    time_std: float = 1.0
+    fixed_noise: bool = False  # the same noise and times every step: to see whether a model can learn at all
+    fixed_batch: bool = False  # the same batch every step
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products and of frozen weights; trained ones are float32
+    remat: Literal["none", "dots", "full"] = "full"
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 2  # latest checkpoints kept, besides the best
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if self.batch % self.accumulate:
+            raise UserError(
+                f"--accumulate {self.accumulate}: does not divide --batch {self.batch}; choose one that does"
+            )
+        if self.fresh_base and self.trainable == "adapter":
+            raise UserError(
+                "--fresh-base: a frozen base must not be random; pass --trainable base or all, or leave it out"
+            )
+
+
+# Fields that may differ between a run and its resumption: they change neither a value that is trained nor its order.
+RESUMABLE = (
+    "steps",
+    "log_every",
+    "save_every",
+    "keep",
+    "sample",
+    "mesh",
+    "distributed",
+    "data.workers",
+    "data.prefetch",
+)
+
+
+def differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """ "field: old -> new" for every field in which two configs differ and may not (see `RESUMABLE`)."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        path, a, b = f"{prefix}{name}", old.get(name), new.get(name)
+        if path in RESUMABLE:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differing(a, b, f"{path}.")
+        elif a != b:
+            found.append(f"{path}: {a!r} -> {b!r}")
+    return found
+
+
+def load(path: Path) -> TrainConfig:
+    """The `CONFIG` of a recipe file. Raises `UserError` if there is none."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file; expected a recipe, such as configs/debug.py")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as e:  # a recipe is the user's own code
+        raise UserError(f"--config {path}: cannot be run ({type(e).__name__}: {e}); correct it") from e
+    config = getattr(module, "CONFIG", None)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"--config {path}: has no CONFIG = TrainConfig(...); see configs/debug.py")
+    return config
+
+
+def override(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """`config` with the fields that `words` (--any.field value ...) set. Raises `UserError` for a word that does not fit."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(
+                TrainConfig, default=config, args=list(words), prog="train.main", config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as e:
+        if not e.code:  # --help
+            sys.stdout.write(said.getvalue())
+            raise
+        line = " ".join(re.sub(r"[│╭╮╰╯─]+|\x1b\[[0-9;]*m", " ", said.getvalue()).split())
+        raise UserError(f"{line}; see python -m train.main --config CONFIG --help") from e
+
+
+def from_dict(values: dict[str, Any], kind: Any = TrainConfig) -> Any:
+    """The config that `to_dict` made `values` of. Raises `TypeError` for a field that is not known."""
+    types = typing.get_type_hints(kind)
+    fields = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types.get(name)):
+            value = from_dict(value, types[name])
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**fields)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON holds it: tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,0 +1,79 @@
+"""Trains an adapter (or a base).
+
+python -m train.main --config configs/debug.py --workdir runs/debug
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynaip_jax.errors import Parser, UserError, run_cli
+from train import config as config_
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m train.main",
+        description="Trains the adapter (or the base) of a recipe; every field of the recipe can be set: --any.field value.",
+        epilog="""examples:
+  python -m train.main --config configs/debug.py --workdir runs/debug
+  python -m train.main --config configs/debug.py --workdir runs/debug --resume --steps 600
+  python -m train.main --config configs/flux_dev_512.py --workdir runs/512 --bundle bundles/flux-dev \\
+      --data.path data/subjects200k --mesh.fsdp 16 --batch 64
+  python -m train.main --config configs/debug.py --fields      every field with its value""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe, such as configs/debug.py")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="checkpoints, metrics and samples go there")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --workdir, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --workdir and start anew")
+    parser.add_argument("--fields", action="store_true", help="list the recipe's fields and exit")
+    args, rest = parser.parse_known_args(argv)
+    config = config_.override(config_.load(args.config), ["--help"] if args.fields else rest)
+    if args.workdir is None:
+        raise UserError("--workdir: not given; expected a folder for the run; pass --workdir runs/NAME")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite: they exclude each other; pass one")
+
+    from train.photographs import PHOTOGRAPHS, prepare_photographs
+
+    if config.data.path == PHOTOGRAPHS:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(prepare_photographs())))
+    start_processes(config.distributed)
+
+    from train.loop import train
+
+    train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
+    return 0
+
+
+def start_processes(config: config_.DistributedConfig) -> None:
+    """Joins the other processes of the run, if there are any. Raises `UserError` if that fails."""
+    if not config.enabled:
+        return
+    import jax
+
+    given: dict[str, Any] = {}
+    if config.coordinator:
+        given = dict(coordinator_address=config.coordinator, num_processes=config.processes, process_id=config.index)
+        if not 0 <= config.index < config.processes:
+            raise UserError(
+                f"--distributed.index {config.index} of {config.processes} processes: expected 0 to {config.processes - 1}; "
+                "give each process its own"
+            )
+    try:
+        jax.distributed.initialize(**given)
+    except (RuntimeError, ValueError) as e:
+        raise UserError(
+            f"--distributed: the processes did not find each other ({str(e)[:120]}); check --distributed.coordinator "
+            "HOST:PORT, .processes and .index"
+        ) from e
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

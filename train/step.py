@@ -1,0 +1,190 @@
+"""One training step as a pure function: features in, new state and metrics out.
+
+Gradients are taken of the trained tree alone; frozen weights are a plain argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dynaip_jax import flow, ops
+from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig
+from dynaip_jax.models.flux import Flux
+from dynaip_jax.models.registry import COMPONENTS
+from train.config import OptimConfig
+
+TIME_BUCKETS = 4
+
+
+class Features(NamedTuple):
+    """What the trained parts see of a batch; made by `encode`, or read from a cache."""
+
+    latents: jax.Array  # [b, c, h, w]
+    states: jax.Array  # [b, t, c] of T5
+    pooled: jax.Array  # [b, c] of CLIP text
+    levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
+    keep_image: jax.Array  # [b]: 0 where the image prompt is dropped
+
+
+class TrainState(NamedTuple):
+    """All that changes in training. `params` has "adapter", "transformer" or both, float32; `ema` its average."""
+
+    step: jax.Array  # int32, steps done
+    params: dict[str, Any]
+    ema: dict[str, Any]
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The constants of a step (hashable: it is a static argument)."""
+
+    configs: tuple[tuple[str, Any], ...]  # component -> config, as items
+    adapter: DynaIPConfig | None
+    schedule: flow.ScheduleConfig
+    optim: OptimConfig
+    accumulate: int
+    guidance: float
+    time_mean: float
+    time_std: float
+    fixed_noise: bool
+    seed: int
+
+    def config(self, name: str) -> Any:
+        return dict(self.configs)[name]
+
+    def key(self, step: jax.Array, purpose: int) -> jax.Array:
+        """The random key of a step; the same for all steps with `fixed_noise`."""
+        key = jax.random.fold_in(jax.random.key(self.seed), purpose)
+        return key if self.fixed_noise else jax.random.fold_in(key, step)
+
+
+def optimizer(c: OptimConfig) -> optax.GradientTransformation:
+    """Clipping, AdamW, warmup and cosine."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, c.rate, c.warmup, max(c.decay_steps, c.warmup + 1), c.rate * c.final)
+    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip),
+        optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decayed),
+    )
+
+
+def init_state(optim: OptimConfig, params: dict[str, Any]) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer(optim).init(params))
+
+
+def encode(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
+    """The frozen encoders over a `Batch`: latents drawn from the VAE's posterior, text states, CLIP levels."""
+
+    def run(name: str, *args: Any, **options: Any) -> Any:
+        return COMPONENTS[name].module(recipe.config(name)).apply({"params": params[name]}, *args, **options)
+
+    moments = run("vae", batch.target, method="encode")
+    b, h, w, z = moments.shape
+    noise = jax.random.normal(recipe.key(step, 1), (b, z // 2, h, w))
+    latents = run("vae", moments, noise, method="latents")
+    levels = None
+    if recipe.adapter is not None:
+        s = batch.reference.shape[1]
+        pixels = batch.reference.reshape(b * s, *batch.reference.shape[2:])
+        states, _ = run("clip_vision", pixels, layers=recipe.adapter.hmoe.levels)
+        levels = tuple(x.reshape(b, s, *x.shape[1:]) for x in states)
+    _, pooled = run("clip_text", batch.clip_ids)
+    return Features(latents, run("t5", batch.t5_ids), pooled, levels, batch.keep_image)
+
+
+class _Draw(NamedTuple):
+    """The random part of a batch."""
+
+    noise: jax.Array  # like the latents
+    t: jax.Array  # [b]
+
+
+def loss(recipe: Recipe, params: dict[str, Any], features: Features, draw: _Draw) -> tuple[jax.Array, dict[str, Any]]:
+    """Mean squared error of the velocity, and sums for the metrics. `params`: trained and frozen together."""
+    f, flux = features, recipe.config("transformer")
+    b, _, h, w = f.latents.shape
+    x, target = flow.interpolate(ops.pack_latents(f.latents), ops.pack_latents(draw.noise), draw.t)
+    prompt, sums = None, {}
+    if recipe.adapter is not None:
+        adapter: Any = DynaIP(recipe.adapter)
+        prompt, weights = adapter.apply({"params": params["adapter"]}, f.levels)
+        prompt = prompt.scaled(f.keep_image[None, :, None])
+        sums["routing"] = weights.reshape(b, -1, 3).mean(axis=1).sum(axis=0)
+        sums["key_rms"] = b * _rms(prompt.double.k)
+        sums["value_rms"] = b * _rms(prompt.double.v)
+    model: Any = Flux(flux)
+    velocity = model.apply(
+        {"params": params["transformer"]},
+        img=x,
+        img_ids=jnp.asarray(ops.image_ids(h, w)),
+        txt=f.states,
+        txt_ids=jnp.zeros((1, f.states.shape[1], 3)),
+        timesteps=draw.t,
+        pooled=f.pooled,
+        guidance=jnp.full(b, recipe.guidance) if flux.guidance_embed else None,
+        image_prompt=prompt,
+    )
+    per_sample = jnp.mean((velocity - target) ** 2, axis=(1, 2))
+    bucket = jax.nn.one_hot(jnp.minimum((draw.t * TIME_BUCKETS).astype(int), TIME_BUCKETS - 1), TIME_BUCKETS)
+    sums |= dict(loss=per_sample.sum(), bucket_loss=per_sample @ bucket, bucket_count=bucket.sum(axis=0))
+    return per_sample.mean(), sums
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
+def train_step(
+    recipe: Recipe, state: TrainState, frozen: dict[str, Any], features: Features
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step over a batch, in `recipe.accumulate` micro-batches.
+
+    `frozen`: the parameters that are not trained. Noise and times are drawn for the whole batch first, so that
+    accumulation changes no number but by rounding. Metrics: loss, loss by quarter of t (NaN where a quarter is empty),
+    gradient norm, routing weights, RMS of keys and values.
+    """
+    b = features.latents.shape[0]
+    height, width = features.latents.shape[2:]
+    factor = recipe.schedule.factor((height // 2) * (width // 2))
+    noise_key, time_key = jax.random.split(recipe.key(state.step, 2))
+    draw = _Draw(
+        jax.random.normal(noise_key, features.latents.shape),
+        flow.sample_times(time_key, b, factor, mean=recipe.time_mean, std=recipe.time_std),
+    )
+
+    def grads_of(part: tuple[Features, _Draw]) -> tuple[Any, dict[str, Any]]:
+        grads, sums = jax.grad(lambda p: loss(recipe, frozen | p, *part), has_aux=True)(state.params)
+        return grads, sums
+
+    n = recipe.accumulate
+    if n == 1:
+        grads, sums = grads_of((features, draw))
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(b // n, n, *x.shape[1:]).swapaxes(0, 1), (features, draw))
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grads_of, jax.tree.map(lambda x: x[0], parts))
+        )
+        (grads, sums), _ = jax.lax.scan(
+            lambda acc, part: (jax.tree.map(jnp.add, acc, grads_of(part)), None), zero, parts
+        )
+        grads = jax.tree.map(lambda g: g / n, grads)
+
+    updates, opt_state = optimizer(recipe.optim).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    done = state.step.astype(jnp.float32)
+    decay = jnp.minimum(recipe.optim.ema, (1 + done) / (10 + done))
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    metrics = dict(
+        loss=sums["loss"] / b,
+        grad_norm=optax.global_norm(grads),
+        loss_by_time=sums["bucket_loss"] / sums["bucket_count"],
+    )
+    metrics |= {k: sums[k] / b for k in ("routing", "key_rms", "value_rms") if k in sums}
+    return TrainState(state.step + 1, params, ema, opt_state), metrics
