@@ -98,6 +98,8 @@ def test_bad_sources_get_one_line_and_leave_nothing(single_files, tmp_path, caps
     save_file({n: x for n, x in tensors.items() if n != first}, faults / "short.safetensors")
     save_file(tensors | {"surplus": np.zeros(2, np.float32)}, faults / "long.safetensors")
     save_file(tensors | {first: (tensors[first] * np.nan).astype(tensors[first].dtype)}, faults / "nan.safetensors")
+    second = "model.diffusion_model.single_blocks.1.linear2.bias"
+    save_file(tensors | {second: tensors[second].astype(np.float32)}, faults / "mixed.safetensors")
     save_file({"unet.weight": np.zeros(2, np.float32)}, faults / "unet.safetensors")
     (faults / "other").mkdir()
     (faults / "other" / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusion3Pipeline")))
@@ -117,6 +119,7 @@ def test_bad_sources_get_one_line_and_leave_nothing(single_files, tmp_path, caps
         (("--source", faults / "short.safetensors"), "img_in.weight is missing"),
         (("--source", faults / "long.safetensors"), r"1 unexpected: surplus \[2\]"),
         (("--source", faults / "nan.safetensors"), "img_in.weight holds NaN"),
+        (("--source", faults / "mixed.safetensors"), "single_blocks.1.linear2.bias is float32.*pass --dtype"),
         (("--source", faults / "unet.safetensors"), "neither BFL's tensor names"),
         (("--source", faults / "other"), "unknown family 'StableDiffusion3Pipeline'; expected FluxPipeline"),
         (("--source", faults / "nothing"), "model_index.json: missing"),

@@ -138,7 +138,7 @@ def test_bad_rows(tmp_path, line, found):
 @pytest.mark.parametrize("subject", ["Ginger  CAT", "cat", "sofa"])
 def test_subject_words_in_any_case_and_spacing(tmp_path, subject):
     entries(tmp_path)
-    line = GOOD | dict(caption="my ginger cat, on a sofa.", subject=subject)
+    line = GOOD | dict(caption="my ginger  cat,\non a sofa.", subject=subject)
     (record,) = checked(rows.read_manifest(write_lines(tmp_path, [line])))
     assert record.subject == subject
 

@@ -177,10 +177,10 @@ def _diffusers_folder(path: Path) -> Found:
     return Found(components, tokenizers, _read_json(path / "scheduler" / "scheduler_config.json"))
 
 
-def _config(folder: Path, read: Callable[[dict[str, Any]], Any], part: str | None = None) -> Any:
+def _config(folder: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
     values = _read_json(folder / "config.json")
     try:
-        return read(values.get(part, values) if part else values)
+        return read(values)
     except UserError as e:
         raise UserError(f"{folder / 'config.json'}: {e}") from e
     except (KeyError, TypeError, ValueError) as e:
@@ -211,7 +211,7 @@ def _clip_vision(path: Path) -> Source:
         raise UserError(
             f"--clip-vision {path}: no such folder; expected a transformers CLIP folder (openai/clip-vit-large-patch14)"
         )
-    config = _config(path, clip.CLIPVisionConfig.from_hf, "vision_config")
+    config = _config(path, clip.CLIPVisionConfig.from_hf)
     tensors, files = _tensors(path, "model")
     return Source(config, tensors, files, clip.vision_params_from_torch)
 

@@ -166,6 +166,11 @@ def convert(
                 )
             if i == 0:
                 params[path] = empty(shape, dtype or x.dtype)
+            if dtype is None and x.dtype != params[path].dtype:
+                raise UserError(
+                    f"{component}: {leaf.parts[0].name} is {x.dtype}, the same tensor of block 0 {params[path].dtype}; "
+                    "expected one precision; pass --dtype to choose it"
+                )
             if isinstance(entry, list):
                 params[path][i] = x
             else:

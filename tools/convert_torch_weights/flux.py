@@ -10,6 +10,7 @@ import jax
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.flux import Flux, FluxConfig
 from tools.convert_torch_weights.engine import Leaf, Part, Table, abstract_params, convert, copy, linear, stack
+from tools.convert_torch_weights.selection import Selection
 
 COMMUNITY_PREFIX = "model.diffusion_model."
 
@@ -38,8 +39,7 @@ def params_from_torch(tensors: Mapping[str, Any], config: FluxConfig, **options)
     or of the wrong shape, and tensors that are not finite.
     """
     layout = layout_of(tensors)
-    if any(n.startswith(COMMUNITY_PREFIX) for n in tensors):
-        tensors = _Renamed(tensors)
+    tensors = Selection(tensors, prefix=COMMUNITY_PREFIX)
     return convert("transformer", tensors, table(config, layout), target(config), **options)
 
 
@@ -47,23 +47,6 @@ def target(config: FluxConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of `Flux(config)`."""
     spec = Flux.inputs_spec(config)
     return abstract_params(lambda key, x: Flux(config).init(key, **x), spec)
-
-
-class _Renamed(Mapping):
-    """The tensors under `COMMUNITY_PREFIX`, without it; other tensors keep their names."""
-
-    def __init__(self, tensors):
-        self._tensors = tensors
-        self._names = {n.removeprefix(COMMUNITY_PREFIX): n for n in tensors}
-
-    def __getitem__(self, name):
-        return self._tensors[self._names[name]]
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self):
-        return len(self._names)
 
 
 def _columns(path: str, name: str, out: int, widths: tuple[int, int], which: int) -> Table:

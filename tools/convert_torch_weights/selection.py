@@ -1,4 +1,4 @@
-"""Part of a source of tensors."""
+"""Part of a source of tensors, under names without a prefix."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Selection(Mapping[str, Any]):
-    """The tensors whose name `keep` accepts; the others are left out on purpose."""
+    """The tensors whose name `keep` accepts, their names without `prefix`; the others are left out on purpose."""
 
-    def __init__(self, tensors: Mapping[str, Any], keep: Callable[[str], bool]):
+    def __init__(self, tensors: Mapping[str, Any], keep: Callable[[str], bool] = lambda name: True, prefix: str = ""):
         self._tensors = tensors
-        self._names = [n for n in tensors if keep(n)]
+        self._names = {n.removeprefix(prefix): n for n in tensors if keep(n)}
 
     def __getitem__(self, name: str) -> Any:
-        return self._tensors[name]
+        return self._tensors[self._names[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -26,5 +26,6 @@ class Selection(Mapping[str, Any]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it where the source can tell."""
+        name = self._names[name]
         shape_of = getattr(self._tensors, "shape", None)
         return shape_of(name) if shape_of else tuple(np.shape(self._tensors[name]))
