@@ -99,14 +99,14 @@ def encode(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) 
     return Features(latents, run("t5", batch.t5_ids), pooled, levels, batch.keep_image)
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """The random part of a batch."""
 
     noise: jax.Array  # like the latents
     t: jax.Array  # [b]
 
 
-def loss(recipe: Recipe, params: dict[str, Any], features: Features, draw: _Draw) -> tuple[jax.Array, dict[str, Any]]:
+def loss(recipe: Recipe, params: dict[str, Any], features: Features, draw: Draw) -> tuple[jax.Array, dict[str, Any]]:
     """Mean squared error of the velocity, and sums for the metrics. `params`: trained and frozen together."""
     f, flux = features, recipe.config("transformer")
     b, _, h, w = f.latents.shape
@@ -154,12 +154,12 @@ def train_step(
     height, width = features.latents.shape[2:]
     factor = recipe.schedule.factor((height // 2) * (width // 2))
     noise_key, time_key = jax.random.split(recipe.key(state.step, 2))
-    draw = _Draw(
+    draw = Draw(
         jax.random.normal(noise_key, features.latents.shape),
         flow.sample_times(time_key, b, factor, mean=recipe.time_mean, std=recipe.time_std),
     )
 
-    def grads_of(part: tuple[Features, _Draw]) -> tuple[Any, dict[str, Any]]:
+    def grads_of(part: tuple[Features, Draw]) -> tuple[Any, dict[str, Any]]:
         grads, sums = jax.grad(lambda p: loss(recipe, frozen | p, *part), has_aux=True)(state.params)
         return grads, sums
 

@@ -47,7 +47,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for field in ("flip_reference", "flip_target", "drop_image", "drop_text", "drop_both"):
             _in_range(field, getattr(self, field), 0, 1)
-        _in_range("drop_image + drop_text + drop_both", self.drop_image + self.drop_text + self.drop_both, 0, 1)
+        drops = round(self.drop_image + self.drop_text + self.drop_both, 9)
+        _in_range("drop_image + drop_text + drop_both", drops, 0, 1)
         _in_range("crop_reference", self.crop_reference, 0.01, 1)
         _in_range("clip_size", self.clip_size, 16, 4096)
         _in_range("seed", self.seed, 0, 2**31 - 1)

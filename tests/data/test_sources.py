@@ -179,8 +179,23 @@ def test_drop_rates():
     ):
         assert abs(found - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
     assert sources.draw(chances, 1, 2) == sources.draw(chances, 1, 2)
-    others = [(chances, 2, 1), (chances, 1, 3), (dataclasses.replace(chances, seed=1), 1, 2)]
+    others = [(chances, 2, 2), (chances, 1, 3), (dataclasses.replace(chances, seed=1), 1, 2)]
     assert all(sources.draw(*other) != sources.draw(chances, 1, 2) for other in others)
+
+
+def test_chances_do_not_depend_on_each_other():
+    chances = DataConfig(drop_image=0.4, drop_text=0, drop_both=0, flip_reference=0.5, flip_target=0.5)
+    draws = [sources.draw(chances, 0, row) for row in range(4000)]
+    decisions = np.array([(d.drop_image, d.flip_reference, d.flip_target, *d.crop) for d in draws], float)
+    assert np.abs(np.corrcoef(decisions.T) - np.eye(6)).max() < 0.08  # 5 standard deviations
+
+
+def test_a_crop_reaches_the_batch(folder):
+    chances = config(folder, **PLAIN | dict(crop_reference=0.3))
+    batch = sources.Pictures(open_dataset(folder), chances, WordIds()).read(np.array([1]), SQUARE, 5)
+    part = sources.crop(data.chelsea(), *sources.draw(chances, 5, 1).crop)
+    assert part.shape != data.chelsea().shape
+    np.testing.assert_array_equal(batch.reference[0, 0], images.clip_pixels(part, 32))
 
 
 @pytest.mark.parametrize(
