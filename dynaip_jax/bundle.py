@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,6 +63,14 @@ def replacing(
         ) from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def reserve(path: Path) -> None:
+    """Allocates all blocks of a sparse file, where the system can: a full disk is an `OSError` now, not a crash when a
+    memory map of it is written."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ FORBIDDEN = {  # package or module: what it may not import, by prefix
     "train": ("configs", "tools", "tests"),
     "tools": ("train", "configs", "tests"),
 }  # fmt: skip
-LAZY = ("transformers", "grain", "tensorflow_datasets", "matplotlib", "tqdm", "tensorboardX")
+GRAIN = "dynaip_jax.data.loader"  # subclasses a class of grain, so it is itself imported late
+LAZY = (GRAIN, "transformers", "grain", "tensorflow_datasets", "matplotlib", "tqdm", "tensorboardX")
 
 
 def modules():
@@ -65,7 +66,10 @@ def test_heavy_libraries_wait_until_they_are_needed():
     for name, path in modules():
         if starts(name, "dynaip_jax"):
             found = [i for i in imports(path, top_level_only=True) if any(starts(i, lazy) for lazy in LAZY)]
-            assert not found, f"{name} imports {found} at the top"
+            if name == GRAIN:
+                assert found == ["grain"]
+            else:
+                assert not found, f"{name} imports {found} at the top"
 
 
 def test_adapter_and_models_do_not_know_each_other():

@@ -23,7 +23,7 @@ from dynaip_jax.sharding import batch_sharding, make_mesh
 from train import models as models_
 from train.checkpoint import Checkpoints, disk_errors, open_workdir
 from train.config import TrainConfig
-from train.step import TIME_BUCKETS, TrainState, encode, train_step
+from train.step import TIME_BUCKETS, TrainState, features_of, train_step
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,13 +41,15 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False, overwrite
     if main:
         open_workdir(workdir, config, bundle.fingerprint, resume=resume, overwrite=overwrite)
     _barrier("workdir")
-    models = models_.load(config, bundle, mesh)
+    encoders = not config.data.features or bool(config.sample.every)
+    models = models_.load(config, bundle, mesh, encoders=encoders)
     data = make_loader(
         config.data,
         models.tokenizers,
         global_batch=config.batch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        encoders=models_.encoder_identity(bundle, config),
     )
     checkpoints = Checkpoints(workdir, config.keep)
     try:
@@ -83,7 +85,7 @@ def _run(
     step_fn = jax.jit(
         train_step, static_argnums=0, donate_argnums=1, out_shardings=(models.state_shardings, everywhere)
     )
-    encode_fn = jax.jit(encode, static_argnums=0, out_shardings=split)
+    features_fn = jax.jit(features_of, static_argnums=0, out_shardings=split)
     base = {k: v for k, v in models.frozen.items() if k == "transformer"}
     meter = _Meter(config, models, mesh)
     sampler = _sampler(config, models, mesh, workdir)
@@ -94,16 +96,16 @@ def _run(
         if features is None or not config.fixed_batch:
             local = next(data)
             meter.waited += time.perf_counter() - began
-            rows, shape = local.row, local.target.shape
+            rows = local.row
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), local)
-            features = encode_fn(models.recipe, models.frozen, batch, jnp.int32(step))
+            features = features_fn(models.recipe, models.frozen, batch, jnp.int32(step))
         state, values = step_fn(models.recipe, state, base, features)
         done = step + 1
         # The loss of the step before is read while this one runs, so that looking never makes the devices wait.
         if watched is not None:
             _check_finite(*watched, data)
         watched = (done, values, rows)
-        meter.count(shape)
+        meter.count(features.latents.shape)
         last = done == config.steps or stop.agreed(done)
         log = done % config.log_every == 0 or last
         save = done % config.save_every == 0 or last
@@ -193,14 +195,13 @@ class _Meter:
         self._since, self._steps, self._flops, self.waited = time.perf_counter(), 0, 0, 0.0
 
     def count(self, shape: tuple[int, ...]) -> None:
-        """Counts a step over targets of local shape `[b, H, W, 3]`."""
+        """Counts a step over latents of shape `[b, c, h, w]`."""
         recipe = self._recipe
-        pixels = 2 * recipe.config("vae").downsample
         reference = recipe.config("clip_vision").tokens if recipe.adapter is not None else 0
         each = flops.training_step(
             recipe.config("transformer"),
             recipe.adapter,
-            (shape[1] // pixels) * (shape[2] // pixels),
+            (shape[2] // 2) * (shape[3] // 2),
             self._text,
             reference,
             base_trained=self._config.trainable != "adapter",

@@ -6,7 +6,6 @@ python -m train.main --config configs/debug.py --workdir runs/debug
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from dynaip_jax.errors import Parser, UserError, run_cli
 from train import config as config_
+from train.photographs import resolve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite: they exclude each other; pass one")
 
-    from train.photographs import PHOTOGRAPHS, prepare_photographs
-
-    if config.data.path == PHOTOGRAPHS:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(prepare_photographs())))
+    config = resolve(config)
     start_processes(config.distributed)
 
     from train.loop import train

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -84,10 +86,21 @@ def make_recipe(config: TrainConfig, bundle: Bundle) -> Recipe:
     )
 
 
-def load(config: TrainConfig, bundle: Bundle, mesh: Mesh) -> Models:
-    """Reads what stays frozen straight onto the mesh."""
+def encoder_identity(bundle: Bundle, config: TrainConfig) -> str:
+    """A digest of the frozen encoders and of what is taken from them: what cached features depend on."""
+    parts = {name: bundle.manifest["components"].get(name) for name in ENCODERS}
+    facts = dict(parts=parts, levels=config.adapter.levels, text=bundle.manifest["text"])
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(config: TrainConfig, bundle: Bundle, mesh: Mesh, *, encoders: bool = True, transformer: bool = True) -> Models:
+    """Reads what stays frozen straight onto the mesh: the `encoders`, and the `transformer` unless it is trained."""
     recipe = make_recipe(config, bundle)
-    names = [name for name, _ in recipe.configs if name != "transformer" or config.trainable == "adapter"]
+    wanted = [
+        *(ENCODERS if encoders else ()),
+        *(["transformer"] if transformer and config.trainable == "adapter" else ()),
+    ]
+    names = [name for name, _ in recipe.configs if name in wanted]
     frozen = {
         name: bundle.load(name, abstract(abstract_params(name, recipe.config(name), boxed=True), mesh))
         for name in names

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
 
 from dynaip_jax.default import cache_folder
 from dynaip_jax.errors import UserError
+from train.config import TrainConfig
 
 PHOTOGRAPHS = "photographs"  # the value of data.path that means this dataset
 SIDE = 256  # pixels of the longer side: enough for the tiny model, quick to decode
@@ -21,6 +23,13 @@ CAPTIONS = {  # name in skimage.data: (caption, the words in it that name the su
     "retina": ("the retina of an eye on black", "the retina of an eye"),
     "colorwheel": ("a wheel of colours on white", "a wheel of colours"),
 }
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """`config` with the folder of the photographs in place of `PHOTOGRAPHS`."""
+    if config.data.path != PHOTOGRAPHS:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(prepare_photographs())))
 
 
 def prepare_photographs() -> Path:

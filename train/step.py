@@ -14,6 +14,7 @@ import optax
 
 from dynaip_jax import flow, ops
 from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig
+from dynaip_jax.data.sources import Batch
 from dynaip_jax.models.flux import Flux
 from dynaip_jax.models.registry import COMPONENTS
 from train.config import OptimConfig
@@ -21,8 +22,17 @@ from train.config import OptimConfig
 TIME_BUCKETS = 4
 
 
+class Encoded(NamedTuple):
+    """What the frozen encoders make of a batch: nothing of it depends on chance."""
+
+    moments: jax.Array  # [b, h, w, 2z] of the VAE
+    states: jax.Array  # [b, t, c] of T5
+    pooled: jax.Array  # [b, c] of CLIP text
+    levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
+
+
 class Features(NamedTuple):
-    """What the trained parts see of a batch; made by `encode`, or read from a cache."""
+    """What the trained parts see of a batch; made by `features_of`."""
 
     latents: jax.Array  # [b, c, h, w]
     states: jax.Array  # [b, t, c] of T5
@@ -79,24 +89,33 @@ def init_state(optim: OptimConfig, params: dict[str, Any]) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer(optim).init(params))
 
 
-def encode(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
-    """The frozen encoders over a `Batch`: latents drawn from the VAE's posterior, text states, CLIP levels."""
+def encode(recipe: Recipe, params: dict[str, Any], batch: Batch) -> Encoded:
+    """The frozen encoders over a batch of pictures and token ids."""
 
     def run(name: str, *args: Any, **options: Any) -> Any:
         return COMPONENTS[name].module(recipe.config(name)).apply({"params": params[name]}, *args, **options)
 
-    moments = run("vae", batch.target, method="encode")
-    b, h, w, z = moments.shape
-    noise = jax.random.normal(recipe.key(step, 1), (b, z // 2, h, w))
-    latents = run("vae", moments, noise, method="latents")
     levels = None
     if recipe.adapter is not None:
-        s = batch.reference.shape[1]
+        b, s = batch.reference.shape[:2]
         pixels = batch.reference.reshape(b * s, *batch.reference.shape[2:])
         states, _ = run("clip_vision", pixels, layers=recipe.adapter.hmoe.levels)
         levels = tuple(x.reshape(b, s, *x.shape[1:]) for x in states)
     _, pooled = run("clip_text", batch.clip_ids)
-    return Features(latents, run("t5", batch.t5_ids), pooled, levels, batch.keep_image)
+    return Encoded(run("vae", batch.target, method="encode"), run("t5", batch.t5_ids), pooled, levels)
+
+
+def features_of(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
+    """The features of a `Batch` or `CachedBatch` at `step`: encoded here or read from a cache; latents drawn from the VAE's posterior."""
+    if isinstance(batch, Batch):
+        encoded = encode(recipe, params, batch)
+    else:
+        encoded = Encoded(batch.moments, batch.states, batch.pooled, batch.levels)
+    b, h, w, z = encoded.moments.shape
+    noise = jax.random.normal(recipe.key(step, 1), (b, z // 2, h, w))
+    vae = COMPONENTS["vae"].module(recipe.config("vae"))
+    latents = vae.apply({}, encoded.moments.astype(jnp.float32), noise, method="latents")
+    return Features(latents, encoded.states, encoded.pooled, encoded.levels, batch.keep_image)
 
 
 class Draw(NamedTuple):

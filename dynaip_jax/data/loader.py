@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
 from dynaip_jax.data.plan import Plan
@@ -36,7 +38,7 @@ class BatchIterator(grain.DatasetIterator):
 
     The state is the number of the next step, whatever the number of processes, workers or batches ready ahead: all of
     them may change between saving and restoring. Works with `grain.checkpoint.CheckpointSave` / `CheckpointRestore`.
-    Close it to end its workers. Raises `UserError` if `process_count` does not divide the global batch, and
+    Close it to end its workers; `next` raises `UserError` if one of them was killed. Raises `UserError` if `process_count` does not divide the global batch, and
     `set_state` raises it if the data are not those of the state.
     """
 
@@ -44,7 +46,8 @@ class BatchIterator(grain.DatasetIterator):
         self, plan: Plan, reader: Reader, *, process_index: int, process_count: int, workers: int, prefetch: int
     ):
         super().__init__()
-        self._inner: Any = None
+        self._inner: list[Any] = []  # grain's iterator, if it runs
+        weakref.finalize(self, _end, self._inner)  # at exit, while there still is an interpreter
         local, rest = divmod(plan.global_batch, process_count)
         if rest:
             raise UserError(
@@ -59,13 +62,23 @@ class BatchIterator(grain.DatasetIterator):
     def __next__(self) -> Any:
         self._assert_not_closed()
         self.start_prefetch()
-        batch = next(self._inner)
+        try:
+            batch = next(self._inner[0])
+        except RuntimeError as e:
+            if "terminated unexpectedly" not in str(e):
+                raise
+            reason = str(e).split(".")[0]
+            raise UserError(
+                f"data.workers {self._workers}: {reason}; expected it to have enough memory, also in /dev/shm; "
+                "give more (docker: --shm-size), make batches smaller, or pass --data.workers 0"
+            ) from e
         self._step += 1
-        return batch
+        # out of the memory shared with the worker, which is scarce and may not outlive the interpreter
+        return type(batch)._make(np.array(x) for x in batch) if self._workers else batch
 
     def start_prefetch(self) -> None:
         """Starts the workers, so that the first batch is made while the caller does other things."""
-        if self._inner is None:
+        if not self._inner:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, and refuse to before absl has parsed any
                 flags.FLAGS.mark_as_parsed()
             steps: Any = _Steps(self.plan, self.reader, self._part, self._step)
@@ -74,8 +87,8 @@ class BatchIterator(grain.DatasetIterator):
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
             )
             options = grain.MultiprocessingOptions(self._workers, self._prefetch)
-            self._inner = iter(batches.mp_prefetch(options, _start_worker))
-            self._inner.start_prefetch()
+            self._inner.append(iter(batches.mp_prefetch(options, _start_worker)))
+            self._inner[0].start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
         """The next step, and a fingerprint of the rows, buckets, batch size and seed that give it its meaning."""
@@ -88,18 +101,18 @@ class BatchIterator(grain.DatasetIterator):
                 "data: the checkpoint was made with other rows, resolution, aspects, batch size or data.seed; expected the "
                 "same; restore them, or start a new run"
             )
-        self._stop()
+        _end(self._inner)
         self._step = int(state["step"])
 
     def close(self) -> None:
         """Ends the workers; the iterator cannot be used any more."""
         super().close()
-        self._stop()
+        _end(self._inner)
 
-    def _stop(self) -> None:
-        if self._inner is not None:
-            self._inner.close()
-            self._inner = None
+
+def _end(iterators: list[Any]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def _start_worker(index: int, count: int) -> None:

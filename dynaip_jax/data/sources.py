@@ -29,6 +29,7 @@ class DataConfig:
     """How training samples are read. Raises `UserError` for a value out of range."""
 
     path: str = ""  # a folder written by `python -m train.prepare`
+    features: str = ""  # its features, written by `python -m train.cache`; empty: encode while training
     resolution: int = 512  # pixels: targets have about resolution x resolution of them, in each bucket
     aspects: tuple[str, ...] = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # buckets, width:height
     clip_size: int = 224  # pixels a side of the reference
@@ -191,9 +192,16 @@ def make_plan(config: DataConfig, dataset: Dataset, global_batch: int) -> Plan:
 
 
 def make_loader(
-    config: DataConfig, tokenizers: TextIds, *, global_batch: int, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    tokenizers: TextIds,
+    *,
+    global_batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    encoders: str = "",
 ) -> BatchIterator:
-    """An endless iterator of this process's `Batch` of each global batch, from step 0; its state is the step.
+    """An endless iterator of this process's `Batch` of each global batch, from step 0; its state is the step. With
+    `config.features` it gives `CachedBatch`es, if they were made by the `encoders` of this identity.
 
     Raises `UserError` for a dataset that cannot be opened, one smaller than `global_batch`, rows without mask if the
     background is to be removed, and a `global_batch` that `process_count` does not divide.
@@ -211,9 +219,15 @@ def make_loader(
             f"data.remove_background: {len(rows)} of {len(dataset)} rows of {dataset.path} have no mask (row {rows[0]} is "
             "the first); expected a mask in every row; add them and prepare again, or leave the option out"
         )
+    plan = make_plan(config, dataset, global_batch)
+    reader: Reader = Pictures(dataset, config, tokenizers)
+    if config.features:
+        from dynaip_jax.data.features import Cached
+
+        reader = Cached.open(config, dataset, plan, encoders)
     return BatchIterator(
-        make_plan(config, dataset, global_batch),
-        Pictures(dataset, config, tokenizers),
+        plan,
+        reader,
         process_index=process_index,
         process_count=process_count,
         workers=config.workers,

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -336,7 +337,7 @@ from dynaip_jax.data.sources import make_loader
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
     loader = make_loader(config({str(folder)!r}, workers=1), WordIds(), global_batch=4)
-    next(loader)
+    batch = next(loader)
     print("fed", flush=True)
     if {ending == "is killed"}:
         sys.stdin.readline()
@@ -346,7 +347,12 @@ if __name__ == "__main__":
         time.sleep(60)
 """
     script = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert script.stdout.readline() == "fed\n"
     if ending == "is killed":
@@ -356,11 +362,22 @@ if __name__ == "__main__":
         assert script.stdout.readline() == "still fed\n"
         script.kill()
     try:
-        script.communicate(timeout=15)  # ends when the last process that holds the script's output has ended
+        complaints = script.communicate(timeout=15)[1]  # ends when the last process that holds the output has ended
         assert script.returncode == (0 if ending == "runs out" else -signal.SIGKILL)
+        assert ending == "is killed" or complaints == ""
     finally:
         if script.poll() is None:
             script.kill()
+
+
+def test_a_killed_worker_is_told(folder):
+    loader = make_loader(config(folder, workers=1), WordIds(), global_batch=4)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(UserError, match="data.workers 1: .* exit code -9; .*--shm-size"):
+        take(loader, 20)
+    loader.close()
 
 
 # --- errors

@@ -21,7 +21,7 @@ from train import models
 from train.export import export
 from train.loop import train
 from train.photographs import prepare_photographs
-from train.step import Features, encode, init_state, optimizer, train_step
+from train.step import Features, features_of, init_state, optimizer, train_step
 
 STEP = jax.jit(train_step, static_argnums=0)
 
@@ -206,7 +206,7 @@ def test_encoders_make_what_the_step_reads(config, setup):
     data = make_loader(config.data, tokenizers, global_batch=4)
     batch = next(data)
     data.close()
-    run = jax.jit(encode, static_argnums=0)
+    run = jax.jit(features_of, static_argnums=0)
     one, two = (run(recipe, frozen, batch, jnp.int32(n)) for n in range(2))
     assert one.latents.shape == (4, 16, 8, 8) and one.states.shape == (4, 128, 32) and len(one.levels) == 3
     assert float(jnp.abs(one.latents - two.latents).max()) > 0

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynaip_jax.bundle import NewComponent, sha256_of, write_bundle
+from dynaip_jax.bundle import NewComponent, reserve, sha256_of, write_bundle
 from dynaip_jax.errors import Parser, UserError, run_cli
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.models.registry import config_to_dict
@@ -119,7 +119,10 @@ def _converted(components: Mapping[str, Source], out: Path, dtype: str) -> Itera
                 size = int(np.prod(shape)) * np.dtype(leaf_dtype).itemsize
                 if size < STAGING_FROM:
                     return np.empty(shape, leaf_dtype)
-                return np.memmap(Path(staging) / str(next(count)), dtype=leaf_dtype, mode="w+", shape=shape)
+                path = Path(staging) / str(next(count))
+                array = np.memmap(path, dtype=leaf_dtype, mode="w+", shape=shape)
+                reserve(path)
+                return array
 
             options = dict(empty=empty) if dtype == "keep" else dict(empty=empty, dtype=np.dtype(dtype))
             params = source.convert(source.tensors, source.config, **options)

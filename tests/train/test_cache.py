@@ -1,0 +1,70 @@
+"""Cached features: training from them is training from the pictures."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dynaip_jax.errors import UserError
+from tests.train.test_step import config, losses  # noqa: F401  (a fixture)
+from train.cache import cache
+from train.loop import train
+
+
+@pytest.fixture(scope="module")
+def augmented(config):  # noqa: F811
+    """Several epochs (8 rows in batches of 2), flips, crops and drops of every kind, two shapes of picture."""
+    data = dataclasses.replace(
+        config.data, flip_reference=0.5, crop_reference=0.6, drop_image=0.2, drop_text=0.2, drop_both=0.1, aspects=("1:1", "3:2")
+    )  # fmt: skip
+    return dataclasses.replace(config, data=data, batch=2, steps=10, save_every=10)
+
+
+def with_features(config, folder):  # noqa: F811
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(folder)))
+
+
+def test_a_cached_run_is_the_run_itself(augmented, tmp_path):
+    cache(augmented, tmp_path / "cache", variants=4)
+    train(augmented, tmp_path / "pictures")
+    train(with_features(augmented, tmp_path / "cache"), tmp_path / "cached")
+    pictures, cached = losses(tmp_path / "pictures"), losses(tmp_path / "cached")
+    np.testing.assert_allclose(cached, pictures, rtol=1e-5)
+    cache(augmented, tmp_path / "one", variants=1)
+    train(with_features(augmented, tmp_path / "one"), tmp_path / "other")
+    other = losses(tmp_path / "other")
+    assert other[:2] == pytest.approx(cached[:2], rel=1e-5) and other != pytest.approx(cached, rel=1e-5)
+
+
+def test_bfloat16_features_are_near(augmented, tmp_path):
+    half = dataclasses.replace(augmented, dtype="bfloat16", steps=3)
+    cache(half, tmp_path / "cache")
+    assert np.load(tmp_path / "cache" / "levels.npy").dtype == np.uint16
+    train(with_features(half, tmp_path / "cache"), tmp_path / "cached")
+    train(half, tmp_path / "pictures")
+    np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "pictures"), rtol=2e-2)
+
+
+def test_a_cache_made_otherwise_is_refused(augmented, tmp_path):
+    cache(augmented, tmp_path / "cache")
+    cached = with_features(augmented, tmp_path / "cache")
+    cropped = dataclasses.replace(cached, data=dataclasses.replace(cached.data, crop_reference=0.9))
+    levels = dataclasses.replace(cached, adapter=dataclasses.replace(cached.adapter, levels=(1, 2, 3)))
+    for config_, message in (  # noqa: F402
+        (cropped, "made with crop_reference 0.6; this run has 0.9"),
+        (levels, "made with encoders"),
+        (dataclasses.replace(cached, batch=4), "made with plan"),
+        (with_features(augmented, tmp_path), "no readable features.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config_, tmp_path / "run", overwrite=True)
+    (tmp_path / "cache" / "pooled.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match="pooled.npy: cannot be read"):
+        train(cached, tmp_path / "run", overwrite=True)
+    with pytest.raises(UserError, match="already exists"):
+        cache(augmented, tmp_path / "cache")
+    broken = json.loads((tmp_path / "cache" / "features.json").read_text())
+    (tmp_path / "cache" / "features.json").write_text(json.dumps(broken | dict(format_version=9)))
+    with pytest.raises(UserError, match="dynaip-features 9"):
+        train(cached, tmp_path / "run", overwrite=True)
