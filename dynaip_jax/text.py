@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Tokenizers:
     @classmethod
     def load(cls, folder: Path, t5_length: int, clip_length: int = CLIP_LENGTH) -> Tokenizers:
         """From `folder/t5` and `folder/clip`, in any form that transformers reads. Raises `UserError` if it cannot."""
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
         from transformers import AutoTokenizer
 
         loaded = []

@@ -38,8 +38,8 @@ class BatchIterator(grain.DatasetIterator):
 
     The state is the number of the next step, whatever the number of processes, workers or batches ready ahead: all of
     them may change between saving and restoring. Works with `grain.checkpoint.CheckpointSave` / `CheckpointRestore`.
-    Close it to end its workers; `next` raises `UserError` if one of them was killed. Raises `UserError` if `process_count` does not divide the global batch, and
-    `set_state` raises it if the data are not those of the state.
+    Close it to end its workers; `next` raises `UserError` if one of them was killed. Raises `UserError` if
+    `process_count` does not divide the global batch, and `set_state` raises it if the data are not those of the state.
     """
 
     def __init__(
