@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, source in found.components.items():
         source.convert(source.tensors, source.config, check_only=True)
         size = sum(f.stat().st_size for f in source.files) / 2**30
-        print(f"{name:12} {len(source.tensors):5} tensors {size:8.3f} GiB  {', '.join(str(f) for f in source.files)}")
+        where = source.files[0] if len(source.files) == 1 else f"{source.files[0].parent} ({len(source.files)} files)"
+        print(f"{name:12} {len(source.tensors):5} tensors {size:8.3f} GiB  {where}")
     if args.dry_run:
         print("all names and shapes fit; nothing written (--dry-run)")
         return 0
