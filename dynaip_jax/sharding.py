@@ -87,6 +87,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process feeds part `index` of `count` equal parts of every global batch.
+
+    Processes that differ along `tensor` alone feed the same part. Raises `UserError` if parts would overlap otherwise.
+    """
+    places: dict[int, set[int]] = {}  # process -> places along BATCH at which it has devices
+    for place, along_tensor in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in along_tensor:
+            places.setdefault(device.process_index, set()).add(place)
+    parts = sorted({tuple(sorted(p)) for p in places.values()})
+    if sum(map(len, parts)) != mesh.shape["data"] * mesh.shape["fsdp"]:
+        raise UserError(
+            f"mesh data x fsdp x tensor = {' x '.join(map(str, mesh.devices.shape))}: processes would share parts of the batch "
+            "unevenly; choose --mesh.tensor so that it divides, or is a multiple of, the devices of a process"
+        )
+    return parts.index(tuple(sorted(places[jax.process_index()]))), len(parts)
+
+
 def abstract(boxed: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a boxed abstract tree, as `jax.ShapeDtypeStruct`s: what a checkpoint restores to."""
     plain = nn.meta.unbox(boxed)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -22,20 +21,18 @@ from train.step import TrainState
 RUN_FILE = "run.json"
 
 
-def open_workdir(workdir: Path, config: TrainConfig, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
-    """Makes `workdir` ready and writes `run.json` (config, base fingerprint), or checks it against a resumed run's.
+def check_workdir(workdir: Path, config: TrainConfig, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may start in `workdir`; changes nothing.
 
     Raises `UserError` if the folder holds a run and neither `resume` nor `overwrite` is said, if it holds something else,
     and if config or base differ from those of the run to be resumed.
     """
-    import shutil
-
     run = workdir / RUN_FILE
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir}: is a file; expected a folder; choose another name")
     if run.is_file() and not (resume or overwrite):
         raise UserError(f"--workdir {workdir}: holds a run; pass --resume to go on with it or --overwrite to delete it")
-    if workdir.is_dir() and any(workdir.iterdir()) and not run.is_file():
+    if not run.is_file() and workdir.is_dir() and {x.name for x in workdir.iterdir()} - {_partial(run).name}:
         raise UserError(f"--workdir {workdir}: holds files that are not a run's; choose an empty or new folder")
     if run.is_file() and resume:
         try:
@@ -54,14 +51,28 @@ def open_workdir(workdir: Path, config: TrainConfig, fingerprint: str, *, resume
             raise UserError(
                 f"--resume {workdir}: config differs: {'; '.join(fields)}; use the run's own, or a new --workdir"
             )
-    elif run.is_file():
-        shutil.rmtree(workdir)
+
+
+def claim_workdir(workdir: Path, config: TrainConfig, fingerprint: str, *, overwrite: bool) -> None:
+    """Makes a checked `workdir` ready: deletes the run in it if `overwrite`, and writes `run.json` (config, base fingerprint).
+
+    `run.json` is there throughout, so that a kill in between leaves a run, whole or with nothing done yet.
+    """
+    import shutil
+
+    run = workdir / RUN_FILE
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        for path in workdir.iterdir():
+            if overwrite and path != run:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         text = json.dumps(dict(base=fingerprint, config=to_dict(config)), indent=2)
-        partial = run.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.rename(run)
+        _partial(run).write_text(text + "\n")
+        _partial(run).rename(run)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
 
 
 @contextlib.contextmanager
@@ -93,18 +104,17 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.workdir = workdir
-        self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(
-                create=True,
-                cleanup_tmp_directories=True,
-                best_fn=lambda metrics: metrics["loss"],
-                best_mode="min",
-                enable_async_checkpointing=True,
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            ),
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            cleanup_tmp_directories=True,
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            enable_async_checkpointing=True,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
+        self.workdir = workdir
+        with disk_errors(workdir):
+            self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -118,20 +128,34 @@ class Checkpoints:
         """The step with the lowest loss among those kept."""
         return self._manager.best_step() if self.steps() else None
 
+    def mean_loss(self, step: int) -> float:
+        """The running mean of the loss that was saved with `step`."""
+        return self._manager.metrics(step)["loss"]
+
     def save(self, step: int, state: TrainState, data: Any, mean_loss: float) -> None:
         """Copies the state off the devices and writes it in the background. A full disk shows here or at the next call."""
         with disk_errors(self.workdir):
             args: dict[str, Any] = dict(
-                state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(data)
+                state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data.get_state())
             )
             self._manager.save(step, args=ocp.args.Composite(**args), metrics=dict(loss=mean_loss), force=True)
 
     def restore(self, step: int, target: TrainState, data: Any = None) -> TrainState:
-        """The state of `step`, in `target`'s shapes and shardings; sets `data`, if given, to go on where it was."""
-        args: dict[str, Any] = dict(state=ocp.args.StandardRestore(target._asdict()))
+        """The state of `step`, in `target`'s shapes and shardings; sets `data`, if given, to go on where it was.
+
+        Mesh and number of processes may be others than when it was saved. Raises `UserError` if it is damaged.
+        """
+        args: dict[str, Any] = dict(state=ocp.args.StandardRestore(target._asdict()), data=ocp.args.JsonRestore())
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (OSError, ValueError, KeyError) as e:  # tensorstore's are ValueErrors
+            raise UserError(
+                f"{self.workdir / 'checkpoints' / str(step)}: cannot be read ({str(e)[:200]}); expected a whole checkpoint; "
+                "delete this folder to go on from the one before it"
+            ) from e
         if data is not None:
-            args["data"] = grain.checkpoint.CheckpointRestore(data)
-        return TrainState(**self._manager.restore(step, args=ocp.args.Composite(**args))["state"])
+            data.set_state(found["data"])
+        return TrainState(**found["state"])
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""

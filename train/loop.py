@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from dynaip_jax import flops
 from dynaip_jax.data.sources import make_loader
 from dynaip_jax.errors import UserError
-from dynaip_jax.sharding import batch_sharding, make_mesh
+from dynaip_jax.sharding import batch_part, batch_sharding, make_mesh
 from train import models as models_
-from train.checkpoint import Checkpoints, disk_errors, open_workdir
+from train.checkpoint import Checkpoints, check_workdir, claim_workdir, disk_errors
 from train.config import TrainConfig
-from train.step import TIME_BUCKETS, TrainState, features_of, train_step
+from train.step import TIME_BUCKETS, TrainState, features_of, init_state, train_step
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,36 +34,40 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False, overwrite
     Raises `UserError` for a configuration that cannot run here, and for a loss that is not finite.
     """
     mesh = make_mesh(config.mesh)
+    part, parts = batch_part(mesh)
     _check_batch(config, mesh)
     bundle = models_.open_bundle(config)
     models_.make_recipe(config, bundle)
-    main = jax.process_index() == 0
-    if main:
-        open_workdir(workdir, config, bundle.fingerprint, resume=resume, overwrite=overwrite)
-    _barrier("workdir")
+    check_workdir(workdir, config, bundle.fingerprint, resume=resume, overwrite=overwrite)
     encoders = not config.data.features or bool(config.sample.every)
     models = models_.load(config, bundle, mesh, encoders=encoders)
     data = make_loader(
         config.data,
         models.tokenizers,
         global_batch=config.batch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         encoders=models_.encoder_identity(bundle, config),
     )
+    sampler = _sampler(config, models, mesh, workdir)
+    main = jax.process_index() == 0
+    _barrier("all have checked")
+    if main:
+        claim_workdir(workdir, config, bundle.fingerprint, overwrite=overwrite)
+    _barrier("workdir")
     checkpoints = Checkpoints(workdir, config.keep)
     try:
         start = checkpoints.latest()
         if start is None:
             state = models_.fresh_state(config, models)
         else:
-            target = jax.eval_shape(lambda: models_.fresh_state(config, models))
+            target = jax.eval_shape(lambda: init_state(config.optim, models_.fresh_params(config, models.recipe)))
             target = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, models.state_shardings
             )
-            state = checkpoints.restore(start, target, data)
+            state = checkpoints.restore(start, target, None if config.fixed_batch else data)
         with Metrics(workdir, start or 0, write=main) as metrics, _Stop() as stop:
-            return _run(config, mesh, models, data, checkpoints, state, start or 0, metrics, stop, workdir)
+            return _run(config, mesh, models, data, checkpoints, state, start or 0, metrics, stop, sampler)
     finally:
         data.close()
         checkpoints.close()
@@ -79,7 +83,7 @@ def _run(
     start: int,
     metrics: Metrics,
     stop: _Stop,
-    workdir: Path,
+    sampler: Callable[[int, TrainState], None] | None,
 ) -> TrainState:
     everywhere, split = models_.replicated(mesh), batch_sharding(mesh)
     step_fn = jax.jit(
@@ -88,9 +92,10 @@ def _run(
     features_fn = jax.jit(features_of, static_argnums=0, out_shardings=split)
     base = {k: v for k, v in models.frozen.items() if k == "transformer"}
     meter = _Meter(config, models, mesh)
-    sampler = _sampler(config, models, mesh, workdir)
     features, watched = None, None
-    running = math.nan  # mean of the loss, for choosing the best checkpoint
+    running = checkpoints.mean_loss(start) if start else math.nan  # of the loss, for choosing the best checkpoint
+    if start >= config.steps:
+        _say(f"step {start} of {config.steps} is done already; raise --steps to go on")
     for step in range(start, config.steps):
         began = time.perf_counter()
         if features is None or not config.fixed_batch:
@@ -98,7 +103,8 @@ def _run(
             meter.waited += time.perf_counter() - began
             rows = local.row
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), local)
-            features = features_fn(models.recipe, models.frozen, batch, jnp.int32(step))
+            at = 0 if config.fixed_batch else step
+            features = features_fn(models.recipe, models.frozen, batch, jnp.int32(at))
         state, values = step_fn(models.recipe, state, base, features)
         done = step + 1
         # The loss of the step before is read while this one runs, so that looking never makes the devices wait.
@@ -123,9 +129,14 @@ def _run(
         if last:
             break
     checkpoints.wait()
-    if stop.asked and jax.process_index() == 0:
-        print(f"stopped by {stop.asked} after step {int(state.step)}; saved; go on with --resume", file=sys.stderr)
+    if stop.asked:
+        _say(f"stopped by {stop.asked} after step {int(state.step)}; saved; go on with --resume")
     return state
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr)
 
 
 def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
@@ -139,12 +150,13 @@ def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def _check_finite(step: int, values: dict[str, Any], rows: np.ndarray, data: Any) -> None:
-    if not math.isfinite(float(values["loss"])):
-        numbers = data.reader.dataset.numbers[rows].tolist()
-        raise UserError(
-            f"step {step}: the loss is {float(values['loss'])}; batch rows {numbers}; expected a finite number; look at those "
-            "rows, lower --optim.rate, or pass --dtype float32; the last checkpoint is from before this step"
-        )
+    for name, value in (("loss", float(values["loss"])), ("gradient norm", float(values["grad_norm"]))):
+        if not math.isfinite(value):
+            numbers = data.reader.dataset.numbers[rows].tolist()
+            raise UserError(
+                f"step {step}: the {name} is {value}; batch rows {numbers}; expected a finite number; look at those rows, "
+                "lower --optim.rate, or pass --dtype float32; the last checkpoint is from before this step"
+            )
 
 
 def _barrier(name: str) -> None:
@@ -155,13 +167,18 @@ def _barrier(name: str) -> None:
 
 
 class _Stop:
-    """Notes SIGTERM (preemption) and SIGINT while the block runs, instead of ending at once."""
+    """Notes SIGTERM (preemption) and, in a single process, SIGINT while the block runs, instead of ending at once.
+
+    With several processes JAX notes SIGTERM (to any of them), and finds a step that all can reach without waiting for each other
+    at every one.
+    """
 
     def __init__(self) -> None:
         self.asked = ""
 
     def __enter__(self) -> _Stop:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        noted = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {s: signal.signal(s, self._note) for s in noted}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -172,12 +189,13 @@ class _Stop:
         self.asked = signal.Signals(number).name
 
     def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`; all processes get the same answer, once one was asked."""
-        if jax.process_count() == 1:
-            return bool(self.asked)
-        from jax.experimental import multihost_utils
+        """Whether to stop after `step`; all processes get the same answer."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.process_allgather(np.int32(bool(self.asked))).any())
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.asked = signal.SIGTERM.name
+        return bool(self.asked)
 
 
 class _Meter:

@@ -35,6 +35,8 @@ class Features(NamedTuple):
     """What the trained parts see of a batch; made by `features_of`."""
 
     latents: jax.Array  # [b, c, h, w]
+    noise: jax.Array  # [b, c, h, w]
+    t: jax.Array  # [b]
     states: jax.Array  # [b, t, c] of T5
     pooled: jax.Array  # [b, c] of CLIP text
     levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
@@ -106,30 +108,38 @@ def encode(recipe: Recipe, params: dict[str, Any], batch: Batch) -> Encoded:
 
 
 def features_of(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
-    """The features of a `Batch` or `CachedBatch` at `step`: encoded here or read from a cache; latents drawn from the VAE's posterior."""
+    """The features of a `Batch` or `CachedBatch` at `step`: encoded here or read from a cache. All that chance decides in a
+    step is drawn here: latents from the VAE's posterior, noise, times.
+
+    Apart from `train_step`, so that its outputs can be pinned to a sharding: drawn inside, with a mesh that has a tensor
+    axis, XLA's partitioner (jax 0.10.2, CPU) gave other numbers than on one device.
+    """
     if isinstance(batch, Batch):
         encoded = encode(recipe, params, batch)
     else:
         encoded = Encoded(batch.moments, batch.states, batch.pooled, batch.levels)
     b, h, w, z = encoded.moments.shape
-    noise = jax.random.normal(recipe.key(step, 1), (b, z // 2, h, w))
+    posterior_key, noise_key, time_key = (recipe.key(step, purpose) for purpose in (1, 2, 3))
+    shape = (b, z // 2, h, w)
     vae = COMPONENTS["vae"].module(recipe.config("vae"))
-    latents = vae.apply({}, encoded.moments.astype(jnp.float32), noise, method="latents")
-    return Features(latents, encoded.states, encoded.pooled, encoded.levels, batch.keep_image)
+    moments = encoded.moments.astype(jnp.float32)
+    factor = recipe.schedule.factor((h // 2) * (w // 2))
+    return Features(
+        latents=vae.apply({}, moments, jax.random.normal(posterior_key, shape), method="latents"),
+        noise=jax.random.normal(noise_key, shape),
+        t=flow.sample_times(time_key, b, factor, mean=recipe.time_mean, std=recipe.time_std),
+        states=encoded.states,
+        pooled=encoded.pooled,
+        levels=encoded.levels,
+        keep_image=batch.keep_image,
+    )
 
 
-class Draw(NamedTuple):
-    """The random part of a batch."""
-
-    noise: jax.Array  # like the latents
-    t: jax.Array  # [b]
-
-
-def loss(recipe: Recipe, params: dict[str, Any], features: Features, draw: Draw) -> tuple[jax.Array, dict[str, Any]]:
+def loss(recipe: Recipe, params: dict[str, Any], features: Features) -> tuple[jax.Array, dict[str, Any]]:
     """Mean squared error of the velocity, and sums for the metrics. `params`: trained and frozen together."""
     f, flux = features, recipe.config("transformer")
     b, _, h, w = f.latents.shape
-    x, target = flow.interpolate(ops.pack_latents(f.latents), ops.pack_latents(draw.noise), draw.t)
+    x, target = flow.interpolate(ops.pack_latents(f.latents), ops.pack_latents(f.noise), f.t)
     prompt, sums = None, {}
     if recipe.adapter is not None:
         adapter: Any = DynaIP(recipe.adapter)
@@ -145,13 +155,13 @@ def loss(recipe: Recipe, params: dict[str, Any], features: Features, draw: Draw)
         img_ids=jnp.asarray(ops.image_ids(h, w)),
         txt=f.states,
         txt_ids=jnp.zeros((1, f.states.shape[1], 3)),
-        timesteps=draw.t,
+        timesteps=f.t,
         pooled=f.pooled,
         guidance=jnp.full(b, recipe.guidance) if flux.guidance_embed else None,
         image_prompt=prompt,
     )
     per_sample = jnp.mean((velocity - target) ** 2, axis=(1, 2))
-    bucket = jax.nn.one_hot(jnp.minimum((draw.t * TIME_BUCKETS).astype(int), TIME_BUCKETS - 1), TIME_BUCKETS)
+    bucket = jax.nn.one_hot(jnp.minimum((f.t * TIME_BUCKETS).astype(int), TIME_BUCKETS - 1), TIME_BUCKETS)
     sums |= dict(loss=per_sample.sum(), bucket_loss=per_sample @ bucket, bucket_count=bucket.sum(axis=0))
     return per_sample.mean(), sums
 
@@ -165,28 +175,21 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step over a batch, in `recipe.accumulate` micro-batches.
 
-    `frozen`: the parameters that are not trained. Noise and times are drawn for the whole batch first, so that
-    accumulation changes no number but by rounding. Metrics: loss, loss by quarter of t (NaN where a quarter is empty),
+    `frozen`: the parameters that are not trained. Noise and times come with the features, so that accumulation changes no
+    number but by rounding. Metrics: loss, loss by quarter of t (NaN where a quarter is empty),
     gradient norm, routing weights, RMS of keys and values.
     """
     b = features.latents.shape[0]
-    height, width = features.latents.shape[2:]
-    factor = recipe.schedule.factor((height // 2) * (width // 2))
-    noise_key, time_key = jax.random.split(recipe.key(state.step, 2))
-    draw = Draw(
-        jax.random.normal(noise_key, features.latents.shape),
-        flow.sample_times(time_key, b, factor, mean=recipe.time_mean, std=recipe.time_std),
-    )
 
-    def grads_of(part: tuple[Features, Draw]) -> tuple[Any, dict[str, Any]]:
-        grads, sums = jax.grad(lambda p: loss(recipe, frozen | p, *part), has_aux=True)(state.params)
+    def grads_of(part: Features) -> tuple[Any, dict[str, Any]]:
+        grads, sums = jax.grad(lambda p: loss(recipe, frozen | p, part), has_aux=True)(state.params)
         return grads, sums
 
     n = recipe.accumulate
     if n == 1:
-        grads, sums = grads_of((features, draw))
+        grads, sums = grads_of(features)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(b // n, n, *x.shape[1:]).swapaxes(0, 1), (features, draw))
+        parts = jax.tree.map(lambda x: x.reshape(b // n, n, *x.shape[1:]).swapaxes(0, 1), features)
         zero = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grads_of, jax.tree.map(lambda x: x[0], parts))
         )

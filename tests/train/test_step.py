@@ -53,7 +53,9 @@ def setup(config):
     keys = iter(jax.random.split(jax.random.key(0), 9))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     levels = tuple(normal(8, 1, 17, 32) for _ in range(3))
-    features = Features(normal(8, 16, 8, 8), normal(8, 6, 32), normal(8, 32), levels, jnp.ones(8))
+    times = jnp.linspace(0.05, 0.95, 8)
+    latents, noise = normal(8, 16, 8, 8), normal(8, 16, 8, 8)
+    features = Features(latents, noise, times, normal(8, 6, 32), normal(8, 32), levels, jnp.ones(8))
     return loaded.recipe, loaded.frozen, models.fresh_state(config, loaded), features
 
 
@@ -145,11 +147,7 @@ def test_loss_is_the_flow_matching_error_of_the_base(setup):
     """A fresh adapter: the loss by hand, from the equation."""
     recipe, frozen, state, f = setup
     _, metrics = STEP(recipe, state, frozen, f)
-    noise_key, time_key = jax.random.split(recipe.key(jnp.int32(0), 2))
-    noise = np.asarray(jax.random.normal(noise_key, f.latents.shape))
-    u = jax.nn.sigmoid(jax.random.normal(time_key, (8,)))
-    e = np.exp(0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256))
-    t = np.asarray(e / (e + 1 / u - 1))
+    t, noise = np.asarray(f.t), np.asarray(f.noise)
     x = (1 - t)[:, None, None, None] * f.latents + t[:, None, None, None] * noise
     from dynaip_jax.ops import image_ids, pack_latents
 
@@ -211,6 +209,10 @@ def test_encoders_make_what_the_step_reads(config, setup):
     assert one.latents.shape == (4, 16, 8, 8) and one.states.shape == (4, 128, 32) and len(one.levels) == 3
     assert float(jnp.abs(one.latents - two.latents).max()) > 0
     np.testing.assert_array_equal(one.states, two.states)
+    assert float(jnp.abs(one.noise - two.noise).max()) > 0 and float(jnp.abs(one.noise - one.latents).max()) > 0
+    normal = jax.random.normal(recipe.key(jnp.int32(0), 3), (4,))
+    e = np.exp(0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256))
+    np.testing.assert_allclose(one.t, e / (e + 1 / jax.nn.sigmoid(normal) - 1), rtol=1e-5)
 
 
 def test_flops_are_those_xla_counts_in_one_unrolled_block():
