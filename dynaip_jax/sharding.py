@@ -14,7 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dynaip_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # mesh axes that the batch is split over
+# Mesh axes that the batch is split over, the outer first. The order matters: with ("data", "fsdp"), XLA's partitioner
+# (jax 0.10.2, CPU) swaps samples between devices on a mesh whose three axes are all above 1; tests/train/test_devices.py.
+BATCH = ("fsdp", "data")
 
 RULES: Mapping[str | None, str | None] = {  # logical axis -> mesh axis; a name that is not here is an error
     "embed": "fsdp",

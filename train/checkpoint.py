@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ def disk_errors(workdir: Path) -> Iterator[None]:
         raise
 
 
+def _below_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
+
+
 class Checkpoints:
     """The checkpoints in a run's folder. The best (lowest running mean of the loss) and the latest `keep` are kept."""
 
@@ -113,6 +118,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
         self.workdir = workdir
+        for logger in map(logging.getLogger, ("absl", "asyncio")):  # Orbax raises what it also logs, with tracebacks
+            logger.addFilter(_below_error)
         with disk_errors(workdir):
             self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 

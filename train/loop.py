@@ -124,7 +124,8 @@ def _run(
         if save:
             checkpoints.save(done, state, data, running)
         if sampler is not None and (done % config.sample.every == 0):
-            sampler(done, state)
+            with disk_errors(checkpoints.workdir):
+                sampler(done, state)
             meter.pause()
         if last:
             break
@@ -253,8 +254,6 @@ class Metrics:
 
     def __enter__(self) -> Metrics:
         if self._write:
-            from tensorboardX import SummaryWriter
-
             path = self._workdir / METRICS_FILE
             with disk_errors(self._workdir):
                 kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= self._start]
@@ -262,13 +261,14 @@ class Metrics:
                 partial.write_text("".join(f"{line}\n" for line in kept))
                 partial.rename(path)
                 self._file = open(path, "a")
-                self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=self._start + 1)
+                self._board = _Board(self._workdir / "tensorboard", self._start + 1)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._write:
-            self._file.close()
-            self._board.close()
+            with disk_errors(self._workdir):
+                self._file.close()
+                self._board.close()
 
     def write(self, step: int, values: dict[str, Any], figures: dict[str, float | None]) -> None:
         """One line with `step`, `loss` and the rest."""
@@ -285,14 +285,40 @@ class Metrics:
         with disk_errors(self._workdir):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, step)
+            self._board.write(step, {k: v for k, v in line.items() if k != "step" and v is not None})
         print(
             f"step {step}  loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  "
             f"{line['images_per_second']:.3g} images/s  waiting for data {line['data_wait']:.1%}",
             file=sys.stderr,
         )
+
+
+class _Board:
+    """TensorBoard events in `folder`; those of step `start` and later, of before a kill, are marked as void.
+
+    Written and flushed here, not in a thread: so that a full disk shows as an error of the call.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        mark = Event(wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START))
+        self._writer.write_event(mark)
+        self._writer.flush()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _finite(x: float) -> float | None:

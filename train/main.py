@@ -6,8 +6,11 @@ python -m train.main --config configs/debug.py --workdir runs/debug
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite: they exclude each other; pass one")
 
-    config = resolve(config)
-    start_processes(config.distributed)
+    with processes(config.distributed):
+        config = resolve(config)
 
-    from train.loop import train
+        from train.loop import train
 
-    train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
+        train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
     return 0
 
 
-def start_processes(config: config_.DistributedConfig) -> None:
-    """Joins the other processes of the run, if there are any. Raises `UserError` if that fails."""
+@contextlib.contextmanager
+def processes(config: config_.DistributedConfig) -> Iterator[None]:
+    """Joins the other processes of the run, if there are any; if the block fails in one of them, none goes on.
+
+    Raises `UserError` if they do not find each other.
+    """
     if not config.enabled:
+        if config != config_.DistributedConfig():
+            raise UserError("--distributed: has values but is not enabled; pass --distributed.enabled too")
+        yield
         return
     import jax
 
@@ -60,8 +70,8 @@ def start_processes(config: config_.DistributedConfig) -> None:
         given = dict(coordinator_address=config.coordinator, num_processes=config.processes, process_id=config.index)
         if not 0 <= config.index < config.processes:
             raise UserError(
-                f"--distributed.index {config.index} of {config.processes} processes: expected 0 to {config.processes - 1}; "
-                "give each process its own"
+                f"--distributed.index {config.index} of --distributed.processes {config.processes}: expected at least 1 "
+                "process, and indices from 0; give each process its own"
             )
     try:
         jax.distributed.initialize(**given)
@@ -70,6 +80,12 @@ def start_processes(config: config_.DistributedConfig) -> None:
             f"--distributed: the processes did not find each other ({str(e)[:120]}); check --distributed.coordinator "
             "HOST:PORT, .processes and .index"
         ) from e
+    try:
+        yield
+    except BaseException as e:
+        # Runs before JAX's own exit, which would wait for the others while they wait for this process.
+        atexit.register(os._exit, 2 if isinstance(e, UserError) else 1)
+        raise
 
 
 if __name__ == "__main__":

@@ -109,10 +109,7 @@ def encode(recipe: Recipe, params: dict[str, Any], batch: Batch) -> Encoded:
 
 def features_of(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
     """The features of a `Batch` or `CachedBatch` at `step`: encoded here or read from a cache. All that chance decides in a
-    step is drawn here: latents from the VAE's posterior, noise, times.
-
-    Apart from `train_step`, so that its outputs can be pinned to a sharding: drawn inside, with a mesh that has a tensor
-    axis, XLA's partitioner (jax 0.10.2, CPU) gave other numbers than on one device.
+    step is drawn here, apart from the step itself: latents from the VAE's posterior, noise, times.
     """
     if isinstance(batch, Batch):
         encoded = encode(recipe, params, batch)
