@@ -31,7 +31,7 @@ from train import config as config_
 from train.checkpoint import Checkpoints
 from train.loop import METRICS_FILE, train
 from train.photographs import prepare_photographs
-from train.step import , init_state, loss, train_step
+from train.step import Features, Recipe, init_state, loss, train_step
 
 
 def main() -> int:
@@ -73,8 +73,8 @@ def step_overhead(repeats: int) -> dict[str, Any]:
     keys = iter(jax.random.split(jax.random.key(1), 9))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     levels = tuple(normal(2, 1, 257, 128) for _ in range(3))
-    latents, noise, times = normal(2, 16, 32, 32), normal(2, 16, 32, 32), sample_times(next(keys), 2, 1.0)
-    features = Features(latents, noise, times, normal(2, 64, 256), normal(2, 64), levels, jnp.ones(2))
+    latents, noise, t = normal(2, 16, 32, 32), normal(2, 16, 32, 32), sample_times(next(keys), 2, 1.0)
+    features = Features(latents, noise, t, normal(2, 64, 256), normal(2, 64), levels, jnp.ones(2))
     params = dict(adapter=init_adapter_params(adapter, next(keys)))
     bare = jax.jit(lambda p, f: jax.value_and_grad(lambda q: loss(recipe, frozen | q, f)[0])(p))
     step = jax.jit(train_step, static_argnums=0, donate_argnums=1)

@@ -108,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="one figure of what the options do, with the embedded tiny model",
         description="Draws a figure with the embedded tiny model on a photograph: text only, reference, text branch, granularity.",
     )
-    p.add_argument("--reference", type=Path, metavar="IMG", help="a picture of your own (default: the one that comes along)")
+    p.add_argument(
+        "--reference", type=Path, metavar="IMG", help="a picture of your own (default: the one that comes along)"
+    )
     p.add_argument("--output", type=Path, default=Path("demo.png"), metavar="OUT.png", help="default: demo.png")
     p.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     p.set_defaults(run=demo)

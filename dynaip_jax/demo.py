@@ -33,4 +33,6 @@ def draw(reference: Path | None, output: Path, *, overwrite: bool) -> None:
     for label, options in PANELS.items():
         panels[label] = np.asarray(pipe(PROMPT, [photograph], seed=0, **options).images[0])
     cells = [images.labelled(image, label, default.SIZE) for label, image in panels.items()]
-    images.save_png(images.grid(cells, columns=4), output, dict(prompt=PROMPT, panels=list(panels)), overwrite=overwrite)
+    images.save_png(
+        images.grid(cells, columns=4), output, dict(prompt=PROMPT, panels=list(panels)), overwrite=overwrite
+    )

@@ -73,9 +73,7 @@ class HMoE(nn.Module):
             granularity = granularity / granularity.sum(axis=-1, keepdims=True)
             weights = jnp.broadcast_to(granularity[:, None] if c.router == "token" else granularity, weights.shape)
 
-        low, mid, high = (
-            Expert(c, name=f"expert_{name}")(f) for name, f in zip(LEVEL_NAMES, features, strict=True)
-        )
+        low, mid, high = (Expert(c, name=f"expert_{name}")(f) for name, f in zip(LEVEL_NAMES, features, strict=True))
         mix = (weights if c.router == "token" else weights[:, None]).astype(c.dtype)
         tokens = mix[..., 0, None] * low + mix[..., 1, None] * mid + mix[..., 2, None] * high
         if c.resampler_tokens:
