@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynaip_jax.errors import UserError
@@ -89,22 +90,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process feeds part `index` of `count` equal parts of every global batch.
+def batch_positions(mesh: Mesh, batch: int) -> np.ndarray:
+    """Positions int `[b]`, ascending, in a global batch of the samples that this process feeds.
 
-    Processes that differ along `tensor` alone feed the same part. Raises `UserError` if parts would overlap otherwise.
+    Each is fed by one process, but by all that have a device at its place if they share it along `tensor`.
     """
-    places: dict[int, set[int]] = {}  # process -> places along BATCH at which it has devices
-    for place, along_tensor in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
-        for device in along_tensor:
-            places.setdefault(device.process_index, set()).add(place)
-    parts = sorted({tuple(sorted(p)) for p in places.values()})
-    if sum(map(len, parts)) != mesh.shape["data"] * mesh.shape["fsdp"]:
-        raise UserError(
-            f"mesh data x fsdp x tensor = {' x '.join(map(str, mesh.devices.shape))}: processes would share parts of the batch "
-            "unevenly; choose --mesh.tensor so that it divides, or is a multiple of, the devices of a process"
-        )
-    return parts.index(tuple(sorted(places[jax.process_index()]))), len(parts)
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[place] for place in places]))
 
 
 def abstract(boxed: Any, mesh: Mesh) -> Any:

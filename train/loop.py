@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from dynaip_jax import flops
 from dynaip_jax.data.sources import make_loader
 from dynaip_jax.errors import UserError
-from dynaip_jax.sharding import batch_part, batch_sharding, make_mesh
+from dynaip_jax.sharding import batch_positions, batch_sharding, make_mesh
 from train import models as models_
 from train.checkpoint import Checkpoints, check_workdir, claim_workdir, disk_errors
 from train.config import TrainConfig
@@ -34,7 +34,6 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False, overwrite
     Raises `UserError` for a configuration that cannot run here, and for a loss that is not finite.
     """
     mesh = make_mesh(config.mesh)
-    part, parts = batch_part(mesh)
     _check_batch(config, mesh)
     bundle = models_.open_bundle(config)
     models_.make_recipe(config, bundle)
@@ -45,8 +44,7 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False, overwrite
         config.data,
         models.tokenizers,
         global_batch=config.batch,
-        process_index=part,
-        process_count=parts,
+        positions=batch_positions(mesh, config.batch),
         encoders=models_.encoder_identity(bundle, config),
     )
     sampler = _sampler(config, models, mesh, workdir)
@@ -102,7 +100,9 @@ def _run(
             local = next(data)
             meter.waited += time.perf_counter() - began
             rows = local.row
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), local)
+            batch = jax.tree.map(
+                lambda x: jax.make_array_from_process_local_data(split, x, (config.batch, *x.shape[1:])), local
+            )
             at = 0 if config.fixed_batch else step
             features = features_fn(models.recipe, models.frozen, batch, jnp.int32(at))
         state, values = step_fn(models.recipe, state, base, features)

@@ -22,40 +22,31 @@ from dynaip_jax.errors import UserError
 class _Steps:
     """Random access to the batches of one process, counted from training step `start`."""
 
-    def __init__(self, plan: Plan, reader: Reader, part: slice, start: int):
-        self.plan, self.reader, self.part, self.start = plan, reader, part, start
+    def __init__(self, plan: Plan, reader: Reader, positions: np.ndarray, start: int):
+        self.plan, self.reader, self.positions, self.start = plan, reader, positions, start
 
     def __len__(self) -> int:
         return sys.maxsize - self.start
 
     def __getitem__(self, n: int) -> Any:
         step = self.plan.step(self.start + int(n))
-        return self.reader.read(step.rows[self.part], step.bucket, step.epoch)
+        return self.reader.read(step.rows[self.positions], step.bucket, step.epoch)
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Endless batches for one process: its slice of every global batch of `plan`, made by `reader`.
+    """Endless batches for one process: the samples at `positions` of every global batch of `plan`, made by `reader`.
 
     The state is the number of the next step, whatever the number of processes, workers or batches ready ahead: all of
     them may change between saving and restoring. Works with `grain.checkpoint.CheckpointSave` / `CheckpointRestore`.
-    Close it to end its workers; `next` raises `UserError` if one of them was killed. Raises `UserError` if
-    `process_count` does not divide the global batch, and `set_state` raises it if the data are not those of the state.
+    Close it to end its workers. `next` raises `UserError` if one of them was killed, `set_state` if the data are not
+    those of the state.
     """
 
-    def __init__(
-        self, plan: Plan, reader: Reader, *, process_index: int, process_count: int, workers: int, prefetch: int
-    ):
+    def __init__(self, plan: Plan, reader: Reader, *, positions: np.ndarray, workers: int, prefetch: int):
         super().__init__()
         self._inner: list[Any] = []  # grain's iterator, if it runs
         weakref.finalize(self, _end, self._inner)  # at exit, while there still is an interpreter
-        local, rest = divmod(plan.global_batch, process_count)
-        if rest:
-            raise UserError(
-                f"batch size {plan.global_batch}: not divisible by {process_count} processes; "
-                f"expected a multiple; use {local * process_count or process_count}"
-            )
-        self.plan, self.reader = plan, reader
-        self._part = slice(process_index * local, (process_index + 1) * local)
+        self.plan, self.reader, self._positions = plan, reader, positions
         self._workers, self._prefetch = workers, prefetch
         self._step = 0
 
@@ -81,7 +72,7 @@ class BatchIterator(grain.DatasetIterator):
         if not self._inner:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, and refuse to before absl has parsed any
                 flags.FLAGS.mark_as_parsed()
-            steps: Any = _Steps(self.plan, self.reader, self._part, self._step)
+            steps: Any = _Steps(self.plan, self.reader, self._positions, self._step)
             threads = 0 if self._workers else self._prefetch
             batches = grain.MapDataset.source(steps).to_iter_dataset(
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

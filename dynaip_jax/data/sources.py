@@ -196,15 +196,15 @@ def make_loader(
     tokenizers: TextIds,
     *,
     global_batch: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    positions: np.ndarray | None = None,
     encoders: str = "",
 ) -> BatchIterator:
     """An endless iterator of this process's `Batch` of each global batch, from step 0; its state is the step. With
     `config.features` it gives `CachedBatch`es, if they were made by the `encoders` of this identity.
 
-    Raises `UserError` for a dataset that cannot be opened, one smaller than `global_batch`, rows without mask if the
-    background is to be removed, and a `global_batch` that `process_count` does not divide.
+    `positions` int `[b]`: which samples of each global batch this process reads; None = all.
+    Raises `UserError` for a dataset that cannot be opened, one smaller than `global_batch`, and rows without mask if the
+    background is to be removed.
     """
     from dynaip_jax.data.loader import BatchIterator
 
@@ -228,8 +228,7 @@ def make_loader(
     return BatchIterator(
         plan,
         reader,
-        process_index=process_index,
-        process_count=process_count,
+        positions=np.arange(global_batch) if positions is None else positions,
         workers=config.workers,
         prefetch=config.prefetch,
     )
