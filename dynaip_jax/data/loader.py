@@ -65,7 +65,7 @@ class BatchIterator(grain.DatasetIterator):
             ) from e
         self._step += 1
         # out of the memory shared with the worker, which is scarce and may not outlive the interpreter
-        return type(batch)._make(np.array(x) for x in batch) if self._workers else batch
+        return _copied(batch) if self._workers else batch
 
     def start_prefetch(self) -> None:
         """Starts the workers, so that the first batch is made while the caller does other things."""
@@ -104,6 +104,14 @@ class BatchIterator(grain.DatasetIterator):
 def _end(iterators: list[Any]) -> None:
     while iterators:
         iterators.pop().close()
+
+
+def _copied(part: Any) -> Any:
+    """The same (named) tuple of fresh arrays."""
+    if not isinstance(part, tuple):
+        return np.array(part)
+    parts = map(_copied, part)
+    return type(part)._make(parts) if hasattr(part, "_make") else tuple(parts)
 
 
 def _start_worker(index: int, count: int) -> None:

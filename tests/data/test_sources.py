@@ -308,7 +308,7 @@ class Precomputed:
     """A reader of features; what `Reader` asks for and no more."""
 
     def read(self, rows, bucket, epoch):
-        return sources.Draw(rows * 10, np.full(len(rows), bucket.width), np.full(len(rows), epoch), 0, 0)
+        return sources.Draw(rows * 10, np.full(len(rows), bucket.width), np.full(len(rows), epoch), 0, (rows, rows + 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -319,10 +319,12 @@ def test_any_reader_is_fed_by_the_same_plan(folder, workers):
     features = BatchIterator(plan, Precomputed(), positions=np.arange(4), workers=workers, prefetch=1)
     found = take(features, 12)
     features.close()
-    for batch, (rows, widths, epochs, *_) in zip(
+    for batch, (rows, widths, epochs, _, pair) in zip(
         take(make_loader(config(folder), WordIds(), global_batch=4), 12), found, strict=True
     ):
         np.testing.assert_array_equal(rows, batch.row * 10)
+        assert isinstance(pair, tuple)
+        np.testing.assert_array_equal(pair, (batch.row, batch.row + 1))
         assert set(widths) == {batch.target.shape[2]} and len(set(epochs)) == 1
     assert [b[2][0] for b in found] == [0] * 10 + [1] * 2
 
