@@ -1,0 +1,89 @@
+"""Runs of the trainer for tests: their command, children that run it, and what they leave on disk."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "configs" / "debug.py"
+PATIENCE = 120  # seconds
+
+
+def words(workdir, *more):
+    """The command line of a small, quick run in `workdir`."""
+    small = "--data.resolution 64 --batch 2 --data.workers 0 --log-every 1 --save-every 2 --steps 12".split()
+    return [str(w) for w in ("--config", RECIPE, "--workdir", workdir, *small, *more)]
+
+
+class Child:
+    """A Python process in the checkout; its stderr goes to the file `log`."""
+
+    def __init__(self, env, log, *arguments):
+        self.log = Path(log)
+        with open(self.log, "w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-B", *map(str, arguments)], cwd=ROOT, env=os.environ | env, stderr=stderr
+            )
+
+    @classmethod
+    def train(cls, env, log, *arguments):
+        """`python -m train.main`."""
+        return cls(env, log, "-m", "train.main", *arguments)
+
+    def wait_for(self, found):
+        """Until `found()` holds; fails if the process ends first."""
+        until = time.monotonic() + PATIENCE
+        while not found():
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.002)
+
+    def says(self, text):
+        """Whether `text` was written to stderr."""
+        return text in self.log.read_text()
+
+    def end(self):
+        """The exit status, once it is there."""
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+
+
+def steps(workdir):
+    """Steps of the whole checkpoints."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def state(workdir, step):
+    """Name of leaf -> array of a checkpoint's training state."""
+    folder = workdir.absolute() / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(folder).item_metadata.tree
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        found = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def data_state(workdir, step):
+    """The data position of a checkpoint."""
+    return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
+
+
+def metrics(workdir):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other, step):
+    """Two runs have bit-identical adapter, average, optimizer state and data position at `step`."""
+    a, b = state(one, step), state(other, step)
+    assert a.keys() == b.keys() and any("ema" in name for name in a) and any("mu" in name for name in a)
+    assert [name for name in a if a[name].tobytes() != b[name].tobytes()] == []
+    assert data_state(one, step) == data_state(other, step)

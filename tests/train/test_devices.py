@@ -1,0 +1,194 @@
+"""One device, eight in several meshes, and two processes do the same training; each sample is read once."""
+
+import json
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dynaip_jax.data.loader import BatchIterator
+from dynaip_jax.errors import run_cli
+from dynaip_jax.sharding import make_mesh
+from tests.train.runs import Child, data_state, metrics, state, steps, words
+from train import config as config_
+from train import loop, models
+from train.main import main
+from train.photographs import resolve
+
+MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}  # data, fsdp, tensor
+FOUR_STEPS = ("--batch", 8, "--steps", 4)
+
+
+def mesh_words(*mesh):
+    return [w for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True) for w in (f"--mesh.{name}", size)]
+
+
+def train_on_meshes(folder):
+    """In a child with eight devices: a run on every mesh, and in `NAME.json` the shapes of some leaves' shards."""
+    for name, mesh in MESHES.items():
+        argv = words(folder / name, *FOUR_STEPS, *mesh_words(*mesh))
+        config = resolve(config_.override(config_.load(Path(argv[1])), argv[4:]))
+        found = loop.train(config, folder / name)
+        frozen = models.load(config, models.open_bundle(config), make_mesh(config.mesh)).frozen
+        leaves = dict(
+            params=found.params["adapter"]["double"]["key"],
+            ema=found.ema["adapter"]["double"]["key"],
+            mu=found.opt_state[1][0].mu["adapter"]["double"]["key"],
+            frozen=frozen["transformer"]["double_blocks"]["img_mlp"]["in_layer"]["kernel"],
+        )
+        shards = {
+            k: [list(x.shape), *map(list, {s.data.shape for s in x.addressable_shards})] for k, x in leaves.items()
+        }
+        (folder / f"{name}.json").write_text(json.dumps(shards))
+
+
+def train_as_process(folder, *argv):
+    """In one of several children: the training command; the rows that it read go to `rows.INDEX`."""
+    read, following = [], BatchIterator.__next__
+
+    def noting(self):
+        batch = following(self)
+        read.append(batch.row.tolist())
+        return batch
+
+    BatchIterator.__next__ = noting
+    status = run_cli(main, argv)
+    (Path(folder) / f"rows.{jax.process_index()}").write_text(json.dumps(read))
+    sys.exit(status)
+
+
+CALL = "import sys; from tests.train import test_devices as t; "
+
+
+@pytest.fixture(scope="module")
+def eight(home, tmp_path_factory):
+    """The folder with a run a mesh."""
+    folder = tmp_path_factory.mktemp("eight")
+    call = f"{CALL}t.train_on_meshes(t.Path(sys.argv[1]))"
+    child = Child(home | dict(JAX_NUM_CPU_DEVICES="8"), folder / "log", "-c", call, folder)
+    assert child.end() == 0, child.log.read_text()
+    return folder
+
+
+@pytest.fixture
+def one(trainer, tmp_path):
+    """The folder of the same run on one device, in this process."""
+    assert trainer(words(tmp_path / "one", *FOUR_STEPS))[0] == 0
+    return tmp_path / "one"
+
+
+def losses(run, key="loss"):
+    return [line[key] for line in metrics(run)]
+
+
+def assert_close(run, other, step):
+    """Rounding alone tells two runs apart: AdamW makes of a gradient near 0 a step of either sign, so weights get some room."""
+    np.testing.assert_allclose(losses(run)[:step], losses(other)[:step], rtol=2e-5)
+    np.testing.assert_allclose(losses(run, "grad_norm")[:step], losses(other, "grad_norm")[:step], rtol=1e-3)
+    a, b = state(run, step), state(other, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=2e-4, err_msg=name)
+    assert data_state(run, step) == data_state(other, step)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_train_as_one(one, eight, mesh):
+    assert_close(eight / mesh, one, 4)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_weights_and_optimizer_state_are_split(eight, mesh):
+    """A device holds its part alone, of what is trained and of the frozen base."""
+    _, fsdp, tensor = MESHES[mesh]
+    shards = json.loads((eight / f"{mesh}.json").read_text())
+    for name in ("params", "ema", "mu"):
+        (layers, width, heads, size), *parts = shards[name]
+        assert parts == [[layers, width // fsdp, heads // tensor, size]]
+    (layers, width, wide), *parts = shards["frozen"]
+    assert parts == [[layers, width // fsdp, wide // tensor]]
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_with_one(trainer, one, eight, tmp_path):
+    shutil.copytree(eight / "2x2x2", tmp_path / "moved")
+    six = ("--batch", 8, "--steps", 6, "--resume")
+    for run in (one, tmp_path / "moved"):
+        assert trainer(words(run, *six))[0] == 0
+    assert_close(tmp_path / "moved", one, 6)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def two_processes(home, folder, port, *argv, others=((), ())):
+    """Two processes of two devices each, on a mesh that makes the parts of neither of them neighbours in the batch."""
+    together = "--distributed.enabled --distributed.processes 2".split()
+    call = f"{CALL}t.train_as_process(*sys.argv[1:])"
+    return [
+        Child(
+            home | dict(JAX_NUM_CPU_DEVICES="2"), folder / f"log{index}", "-c", call, folder,
+            *words(folder / "run", "--batch", 4, *mesh_words(2, 2, 1), *together, *argv, *others[index]),
+            "--distributed.coordinator", f"localhost:{port}", "--distributed.index", index,
+        )
+        for index in (0, 1)
+    ]  # fmt: skip
+
+
+def test_two_processes_train_as_one_and_stop_together(home, trainer, port, tmp_path):
+    """SIGTERM to one of them stops both at the same step; one process alone can go on from there."""
+    children = two_processes(home, tmp_path, port, "--steps", 100_000, "--save-every", 100_000)
+    children[0].wait_for(lambda: children[0].says("step 4 "))
+    children[1].process.send_signal(signal.SIGTERM)
+    assert [child.end() for child in children] == [0, 0], children[0].log.read_text()
+    (last,) = steps(tmp_path / "run")
+    assert children[0].says(f"stopped by SIGTERM after step {last}; saved; go on with --resume\n")
+    assert not children[1].says("step 1 ") and not children[1].says("stopped by")
+
+    rows = [json.loads((tmp_path / f"rows.{index}").read_text()) for index in (0, 1)]
+    assert len(rows[0]) == len(rows[1]) == last
+    for epoch in range(last // 2):  # eight rows
+        read = [row for part in rows for batch in part[2 * epoch : 2 * epoch + 2] for row in batch]
+        assert sorted(read) == list(range(8))
+
+    alone = tmp_path / "alone"
+    assert trainer(words(alone, "--batch", 4, "--steps", last))[0] == 0
+    np.testing.assert_allclose(losses(tmp_path / "run")[:4], losses(alone)[:4], rtol=2e-5)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-2)
+    assert trainer(words(tmp_path / "run", "--batch", 4, "--steps", last + 2, "--resume"))[0] == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, last + 3))
+
+
+def test_a_process_that_fails_does_not_leave_the_other_waiting(home, port, tmp_path):
+    children = two_processes(home, tmp_path, port, others=((), ("--data.path", tmp_path / "missing")))
+    assert children[1].end() == 2 and children[0].end() != 0
+    errors = [line for line in children[1].log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"dataset {tmp_path / 'missing'}" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        (mesh_words(2, 1, 1), "mesh data x fsdp x tensor = 2 x 1 x 1: does not fit 1 devices; choose sizes whose product is 1"),
+        (mesh_words(-1, -1, 1), "expected positive numbers and at most one -1"),
+        (mesh_words(0, 1, 1), "expected positive numbers and at most one -1"),
+        (("--distributed.processes", 2), "--distributed: has values but is not enabled; pass --distributed.enabled too"),
+        (
+            "--distributed.enabled --distributed.coordinator localhost:1 --distributed.processes 2 --distributed.index 2".split(),
+            "--distributed.index 2 of --distributed.processes 2: expected at least 1 process, and indices from 0",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mesh_or_processes_that_do_not_fit(trainer, tmp_path, options, found):
+    status, lines = trainer(words(tmp_path / "run", *options))
+    assert status == 2 and len(lines) == 1 and found in lines[0]
+    assert not (tmp_path / "run").exists()

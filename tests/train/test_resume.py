@@ -1,0 +1,150 @@
+"""Runs that are killed, stopped, cut short or taken up again end where a straight run ends, bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dynaip_jax.data.sources import make_loader
+from dynaip_jax.text import Tokenizers
+from tests.train.runs import Child, assert_same, data_state, metrics, state, steps, words
+from train import config as config_
+
+WORKERS = ("--data.workers", "1")  # children have a worker process too, which must not outlive them
+
+
+@pytest.fixture(scope="module")
+def straight(home, tmp_path_factory):
+    """The folder of 12 steps without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    child = Child.train(home, folder / "log", *words(folder / "run", *WORKERS))
+    assert child.end() == 0, child.log.read_text()
+    assert child.log.read_text().count("\n") == 12  # a line a step, and no warning
+    return folder / "run"
+
+
+def assert_finished_as(straight, run):
+    assert_same(straight, run, 12)
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in metrics(straight)]
+    assert set(steps(run)) == set(steps(straight))
+
+
+def test_killed_at_five_random_moments(home, straight, tmp_path):
+    """Two kills before there is a checkpoint, two while one is written, one between."""
+    run, chance = tmp_path / "run", random.Random(0)
+
+    def saving():
+        try:
+            return any(path.stat().st_mtime > begun for path in (run / "checkpoints").glob("*tmp*/state*"))
+        except FileNotFoundError:  # it has just got its final name
+            return False
+
+    moments = (
+        (lambda: True, chance.uniform(0.2, 3)),
+        (lambda: child.says("step 1 "), chance.uniform(0, 0.03)),
+        (saving, chance.uniform(0, 0.02)),
+        (lambda: child.says("step "), chance.uniform(0, 0.05)),
+        (saving, chance.uniform(0, 0.02)),
+    )
+    for number, (moment, delay) in enumerate(moments):
+        begun = time.time()  # older temporary folders are of the kill before
+        child = Child.train(home, tmp_path / f"log{number}", *words(run, *WORKERS, "--resume"))
+        child.wait_for(moment)
+        time.sleep(delay)
+        child.process.send_signal(signal.SIGKILL)
+        assert child.end() == -signal.SIGKILL
+    last = Child.train(home, tmp_path / "log", *words(run, *WORKERS, "--resume"))
+    assert last.end() == 0, last.log.read_text()
+    assert_finished_as(straight, run)
+    assert not any((run / "checkpoints").glob("*tmp*"))
+
+
+def test_stopped_by_sigterm(home, trainer, straight, tmp_path):
+    run, chance = tmp_path / "run", random.Random(1)
+    child = Child.train(home, tmp_path / "log", *words(run, *WORKERS))
+    child.wait_for(lambda: child.says("step 1 "))
+    time.sleep(chance.uniform(0, 0.1))
+    child.process.send_signal(signal.SIGTERM)
+    assert child.end() == 0, child.log.read_text()
+    lines = child.log.read_text().splitlines()
+    at = steps(run)[-1]
+    assert at < 12 and lines[-1] == f"stopped by SIGTERM after step {at}; saved; go on with --resume"
+    assert len(lines) == at + 1 and data_state(run, at)["step"] == at
+    assert trainer(words(run, *WORKERS, "--resume"))[0] == 0
+    assert_finished_as(straight, run)
+
+
+def test_the_next_batch_is_the_one_a_straight_run_would_read(home, tiny, straight):
+    manifest = json.loads((straight / "run.json").read_text())
+    data = config_.from_dict(manifest["config"]).data
+    text = json.loads((tiny[0] / "bundle.json").read_text())["text"]
+    tokenizers = Tokenizers.load(tiny[0] / "tokenizers", text["t5_length"], text["clip_length"])
+    loaders = [make_loader(data, tokenizers, global_batch=2) for _ in range(2)]
+    try:
+        for _ in range(13):
+            expected = next(loaders[0])
+        loaders[1].set_state(data_state(straight, 12))
+        jax.tree.map(np.testing.assert_array_equal, next(loaders[1]), expected)
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def test_more_steps_on_resume(trainer, straight, tmp_path):
+    """6, then 12, are 12; without a word there is nothing left to do."""
+    run = tmp_path / "run"
+    assert trainer(words(run, "--steps", 6))[0] == 0
+    assert trainer(words(run, "--resume", "--data.workers", 1))[0] == 0
+    assert_finished_as(straight, run)
+    before = state(run, 12)
+    assert trainer(words(run, "--resume")) == (0, ["step 12 of 12 is done already; raise --steps to go on"])
+    assert all(np.array_equal(before[name], x) for name, x in state(run, 12).items())
+    assert [line["step"] for line in metrics(run)] == list(range(1, 13))
+
+
+def test_a_half_written_checkpoint_is_not_taken(trainer, straight, tmp_path):
+    """As a crash in mid-save leaves it: the temporary folder of a save, and a last line cut short."""
+    run = tmp_path / "run"
+    assert trainer(words(run, "--steps", 4))[0] == 0
+    half = run / "checkpoints" / "6.orbax-checkpoint-tmp"
+    shutil.copytree(run / "checkpoints" / "4", half)
+    (half / "commit_success.txt").unlink()
+    for path in half.glob("state/**/d/*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 2.5}\n{"step": 6, "lo')
+    assert trainer(words(run, "--resume"))[0] == 0
+    assert_finished_as(straight, run)
+    assert not half.exists()
+
+
+def test_best_and_last_are_kept(trainer, tmp_path):
+    """A seed with which the loss rises: the best checkpoint is an early one. It is chosen over a resumption alike."""
+    rising = ("--data.seed", 6, "--keep", 2)
+    assert trainer(words(tmp_path / "run", *rising))[0] == 0
+    running, means = None, {}
+    for line in metrics(tmp_path / "run"):
+        running = line["loss"] if running is None else 0.9 * running + 0.1 * line["loss"]
+        means[line["step"]] = running
+    best = min(range(2, 13, 2), key=means.get)
+    assert best < 10 and steps(tmp_path / "run") == [best, 10, 12]
+    for number in (4, 8, 12):
+        assert trainer(words(tmp_path / "again", *rising, "--steps", number, "--resume"))[0] == 0
+    assert steps(tmp_path / "again") == [best, 10, 12]
+    assert_same(tmp_path / "run", tmp_path / "again", best)
+
+
+def test_a_fixed_batch_stays_the_same_over_a_resumption(trainer, tmp_path):
+    """Base and adapter trained."""
+    fixed = ("--fixed-batch", "--trainable", "all")
+    assert trainer(words(tmp_path / "run", *fixed, "--steps", 4))[0] == 0
+    for number in (2, 4):
+        assert trainer(words(tmp_path / "again", *fixed, "--steps", number, "--resume"))[0] == 0
+    assert_same(tmp_path / "run", tmp_path / "again", 4)
