@@ -90,21 +90,21 @@ def _run(
     features_fn = jax.jit(features_of, static_argnums=0, out_shardings=split)
     base = {k: v for k, v in models.frozen.items() if k == "transformer"}
     meter = _Meter(config, models, mesh)
-    features, watched = None, None
+    batch, features, watched = None, None, None
     running = checkpoints.mean_loss(start) if start else math.nan  # of the loss, for choosing the best checkpoint
     if start >= config.steps:
         _say(f"step {start} of {config.steps} is done already; raise --steps to go on")
     for step in range(start, config.steps):
         began = time.perf_counter()
-        if features is None or not config.fixed_batch:
+        if batch is None or not config.fixed_batch:
             local = next(data)
             meter.waited += time.perf_counter() - began
             rows = local.row
             batch = jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(split, x, (config.batch, *x.shape[1:])), local
             )
-            at = 0 if config.fixed_batch else step
-            features = features_fn(models.recipe, models.frozen, batch, jnp.int32(at))
+        if features is None or not (config.fixed_batch and config.fixed_noise):
+            features = features_fn(models.recipe, models.frozen, batch, jnp.int32(step))
         state, values = step_fn(models.recipe, state, base, features)
         done = step + 1
         # The loss of the step before is read while this one runs, so that looking never makes the devices wait.

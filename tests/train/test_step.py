@@ -79,6 +79,12 @@ def test_an_adapter_learns_on_a_frozen_base(adapter_run):
     assert len(values) == 120 and values[-1] < 0.85 * values[0]
 
 
+def test_a_fixed_batch_alone_leaves_noise_and_times_free(config, tmp_path):
+    train(dataclasses.replace(config, fixed_batch=True, steps=4, save_every=4), tmp_path / "run")
+    values = losses(tmp_path / "run")
+    assert max(values) / min(values) > 1.01  # a frozen base and a fresh adapter: other times, other losses
+
+
 def test_frozen_means_frozen(config, adapter_run, tiny):
     _, state = adapter_run
     assert set(state.params) == set(state.ema) == {"adapter"}
