@@ -87,13 +87,13 @@ def losses(run, key="loss"):
 
 
 def assert_close(run, other, step):
-    """Rounding alone tells two runs apart: AdamW makes of a gradient near 0 a step of either sign, so weights get some room."""
-    np.testing.assert_allclose(losses(run)[:step], losses(other)[:step], rtol=2e-5)
-    np.testing.assert_allclose(losses(run, "grad_norm")[:step], losses(other, "grad_norm")[:step], rtol=1e-3)
+    """Up to the rounding of float32: seen are 2e-7 in the losses, 5e-7 in the gradient norms, 4e-8 in the weights."""
+    np.testing.assert_allclose(losses(run)[:step], losses(other)[:step], rtol=1e-5)
+    np.testing.assert_allclose(losses(run, "grad_norm")[:step], losses(other, "grad_norm")[:step], rtol=1e-5)
     a, b = state(run, step), state(other, step)
     assert a.keys() == b.keys()
     for name in a:
-        np.testing.assert_allclose(a[name], b[name], atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(a[name], b[name], atol=1e-6, err_msg=name)
     assert data_state(run, step) == data_state(other, step)
 
 
@@ -161,8 +161,7 @@ def test_two_processes_train_as_one_and_stop_together(home, trainer, port, tmp_p
 
     alone = tmp_path / "alone"
     assert trainer(words(alone, "--batch", 4, "--steps", last))[0] == 0
-    np.testing.assert_allclose(losses(tmp_path / "run")[:4], losses(alone)[:4], rtol=2e-5)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-2)
+    assert_close(tmp_path / "run", alone, last)
     assert trainer(words(tmp_path / "run", "--batch", 4, "--steps", last + 2, "--resume"))[0] == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, last + 3))
 
