@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
         self.workdir = workdir
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._all_but_late_writes
         for logger in map(logging.getLogger, ("absl", "asyncio")):  # Orbax raises what it also logs, with tracebacks
             logger.addFilter(_below_error)
         with disk_errors(workdir):
@@ -171,5 +174,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then ends the background thread."""
-        with disk_errors(self.workdir):
-            self._manager.close()
+        try:
+            with disk_errors(self.workdir):
+                self._manager.close()
+        finally:
+            sys.unraisablehook = self._unraisable
+
+    def _all_but_late_writes(self, what: Any) -> None:
+        """When a write fails, Orbax gives up the save, and each other write of it that ends later would print a traceback."""
+        if str(what.exc_value) != "Event loop is closed":
+            self._unraisable(what)

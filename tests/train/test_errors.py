@@ -1,0 +1,207 @@
+"""What a user can get wrong about a run: one line, exit status 2, and nothing lost or half written."""
+
+import json
+import resource
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dynaip_jax.data.plan import Plan, buckets
+from dynaip_jax.data.sources import open_dataset
+from dynaip_jax.errors import UserError
+from tests.train.runs import RECIPE, Child, metrics, state, steps, words
+from train import config as config_
+from train import export
+from train.loop import _check_finite
+
+
+def contents(folder):
+    """Every file below `folder` -> its bytes."""
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(trainer, argv, *found, **options):
+    """Runs a command that is refused with one line that holds every text of `found`."""
+    status, lines = trainer(argv, **options)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    for text in found:
+        assert text in lines[0]
+
+
+@pytest.fixture
+def run(trainer, tmp_path):
+    """The folder of a run of two steps."""
+    assert trainer(words(tmp_path / "run", "--steps", 2))[0] == 0
+    return tmp_path / "run"
+
+
+RECIPES = {
+    "empty": ("", "has no CONFIG = TrainConfig(...); see configs/debug.py"),
+    "another": ("CONFIG = dict(steps=1)", "has no CONFIG = TrainConfig(...)"),
+    "raises": ("1 / 0", "cannot be run (ZeroDivisionError: division by zero); correct it"),
+    "syntax": ("CONFIG = (", "cannot be run (SyntaxError"),
+    "value": ("from train.config import TrainConfig\nCONFIG = TrainConfig(batch=0)", "--batch 0: expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bad_recipes(trainer, tmp_path, name):
+    text, found = RECIPES[name]
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(text)
+    refused(trainer, ["--config", recipe, "--workdir", tmp_path / "run"], found)
+    assert not (tmp_path / "run").exists()
+
+
+FIELDS = [
+    (("--bath", 4), "--bath"),
+    (("--batch", "four"), "--batch", "four"),
+    (("--trainable", "nothing"), "--trainable", "nothing"),
+    (("--batch", 0), "--batch 0: expected at least 1"),
+    (("--batch", 6, "--accumulate", 4), "--accumulate 4: does not divide --batch 6"),
+    (("--fresh-base",), "--fresh-base: a frozen base must not be random; pass --trainable base or all"),
+    (("--data.drop-image", 2), "data.drop_image 2.0: expected a number from 0 to 1"),
+    (("--data.resolution", 32), "resolution 32: expected at least 64 pixels"),
+    (("--data.path", ""), "data.path: not given", "pass --data.path DIR"),
+    (("--data.path", "/missing"), "dataset /missing: no dataset_info.json", "python -m train.prepare"),
+    (("--batch", 9), "dataset: 8 rows for a global batch of 9"),
+    (("--data.remove-background",), "data.remove_background: 8 of 8 rows", "have no mask (row 1 is the first)"),
+    (("--data.clip-size", 48), "--data.clip-size 48: the CLIP of", "takes 32 pixels; set it to that"),
+    (("--adapter.levels", 10, 17, 24), "--adapter.levels (10, 17, 24): the CLIP of", "has 4 layers"),
+    (("--bundle", "/missing"), "/missing"),
+    (("--sample.every", 1, "--sample.size", 40), "--sample.size 40: expected a multiple of 16"),
+    (("--resume", "--overwrite"), "--resume and --overwrite: they exclude each other; pass one"),
+]
+
+
+@pytest.mark.parametrize("options, found", [(f[0], f[1:]) for f in FIELDS], ids=lambda x: str(x[0]).strip("-")[:30])
+def test_bad_fields(trainer, tmp_path, options, found):
+    """Before the folder of the run is touched."""
+    refused(trainer, words(tmp_path / "run", *options), *found)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_command_lines(trainer, tmp_path):
+    missing = tmp_path / "missing.py"
+    refused(trainer, ["--workdir", tmp_path], "--config")
+    refused(trainer, ["--config", missing, "--workdir", tmp_path / "run"], f"--config {missing}: no such file")
+    refused(trainer, ["--config", RECIPE], "--workdir: not given; expected a folder for the run")
+
+
+def test_bad_folders(trainer, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(trainer, words(tmp_path / "file"), f"--workdir {tmp_path / 'file'}: is a file; expected a folder")
+    refused(trainer, words(tmp_path / "file" / "run"), f"--workdir {tmp_path / 'file' / 'run'}: cannot be written")
+    for option in ((), ("--resume",), ("--overwrite",)):
+        refused(trainer, words(tmp_path, *option), "holds files that are not a run's; choose an empty or new folder")
+    assert contents(tmp_path) == {(tmp_path / "file").relative_to(tmp_path): b"mine"}
+
+
+def test_a_run_is_neither_deleted_nor_gone_on_with_unasked(trainer, run, tmp_path, tiny):
+    before = contents(run)
+    refused(trainer, words(run), f"--workdir {run}: holds a run; pass --resume to go on with it or --overwrite")
+    refused(
+        trainer, words(run, "--resume", "--optim.rate", 0.5, "--data.flip-target", 1),
+        f"--resume {run}: config differs: data.flip_target: 0.0 -> 1.0; optim.rate: 0.001 -> 0.5; use the run's own",
+    )  # fmt: skip
+    other = tmp_path / "other"
+    shutil.copytree(tiny[0], other)
+    manifest = json.loads((other / "bundle.json").read_text())
+    (other / "bundle.json").write_text(json.dumps(manifest | dict(fingerprint="5" * 64)))
+    refused(
+        trainer, words(run, "--resume", "--bundle", other),
+        f"--resume {run}: trained on another base (fingerprint {manifest['fingerprint'][:12]}, this one has 555555555555)",
+    )  # fmt: skip
+    refused(
+        trainer, words(run, "--overwrite", "--data.path", "/missing"), "dataset /missing"
+    )  # found before it deletes
+    assert contents(run) == before
+    (run / "samples").mkdir()
+    (run / "samples" / "step_000002.png").write_bytes(b"")
+    assert trainer(words(run, "--overwrite", "--steps", 1))[0] == 0
+    assert steps(run) == [1] and [line["step"] for line in metrics(run)] == [1] and not (run / "samples").exists()
+
+
+def test_a_damaged_run_is_told_of(trainer, run):
+    assert trainer(words(run, "--resume", "--steps", 4))[0] == 0
+    for path in (run / "checkpoints" / "4" / "state").glob("**/d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    refused(trainer, words(run, "--resume"), f"{run}/checkpoints/4: cannot be read", "delete this folder to go on")
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert trainer(words(run, "--resume", "--steps", 3))[0] == 0
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    (run / "run.json").write_text("{")
+    refused(trainer, words(run, "--resume"), f"{run}/run.json: not readable", "start again with --overwrite")
+
+
+def test_a_loss_that_is_not_finite(trainer, tmp_path):
+    """Names the step and the rows; the checkpoint of before is whole."""
+    run = tmp_path / "run"
+    wild = ("--optim.rate", 1e30, "--optim.clip", 1e30, "--optim.warmup", 1, "--save-every", 1)
+    status, lines = trainer(words(run, *wild))
+    assert status == 2 and sum(line.startswith("error: ") for line in lines) == 1
+    done = steps(run)[-1]
+    assert [line["step"] for line in metrics(run)] == list(range(1, done + 1))
+    config = config_.from_dict(json.loads((run / "run.json").read_text())["config"])
+    dataset = open_dataset(config.data.path)
+    shapes = buckets(config.data.resolution, config.data.aspects)
+    rows = Plan(dataset.sizes, shapes, 2, config.data.seed).step(done).rows
+    assert lines[-1].startswith(f"error: step {done + 1}: the ")
+    assert f"is nan; batch rows {dataset.numbers[rows].tolist()}; expected a finite number" in lines[-1]
+    assert state(run, done)["['step']"] == done
+
+
+def test_a_gradient_that_is_not_finite():
+    data = SimpleNamespace(reader=SimpleNamespace(dataset=SimpleNamespace(numbers=np.arange(1, 9))))
+    values = dict(loss=np.float32(1), grad_norm=np.float32(np.inf))
+    with pytest.raises(UserError, match=r"step 7: the gradient norm is inf; batch rows \[3, 1\]"):
+        _check_finite(7, values, np.array([2, 0]), data)
+    _check_finite(7, values | dict(grad_norm=np.float32(2)), np.array([2, 0]), data)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs a limit set on another process")
+def test_a_full_disk(home, trainer, tmp_path):
+    """Once there is a checkpoint, no file may grow beyond 50 kB. With room again the run goes on, and ends as if nothing was."""
+    run = tmp_path / "run"
+    child = Child.train(home, tmp_path / "log", *words(run, "--steps", 1000))
+    child.wait_for((run / "checkpoints" / "2").is_dir)
+    resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    assert child.end() == 2, child.log.read_text()
+    lines = child.log.read_text().splitlines()
+    assert lines[-1].startswith(f"error: --workdir {run}: ") and lines[-1].endswith(", then --resume")
+    assert all(line.startswith("step ") for line in lines[:-1])
+    last = steps(run)[-1]
+    assert trainer(words(run, "--steps", last + 2, "--resume"))[0] == 0
+    assert [line["step"] for line in metrics(run)] == list(range(1, last + 3))
+    straight = tmp_path / "straight"
+    assert trainer(words(straight, "--steps", last + 2))[0] == 0
+    assert all(np.array_equal(x, state(run, last + 2)[name]) for name, x in state(straight, last + 2).items())
+
+
+def test_bad_exports(trainer, run, tmp_path):
+    def rejected(folder, *options, found):
+        refused(trainer, ["--workdir", folder, *options], found, command=export.main)
+
+    before, out = contents(tmp_path), ("--out", tmp_path / "adapter")
+    rejected(tmp_path, *out, found=f"--workdir {tmp_path}: no readable run.json")
+    rejected(run, *out, "--step", 7, found=f"--step 7: no such checkpoint in {run}; it has 2")
+    rejected(run, *out, "--step", "first", found="--step first: no such checkpoint")
+    rejected(run, found="--out: not given; this run trained trainable='adapter'; pass --out ADAPTER")
+    rejected(run, *out, "--bundle", tmp_path / "bundle", found="--bundle: given; this run trained trainable='adapter'")
+    assert contents(tmp_path) == before
+    assert trainer(["--workdir", run, *out], command=export.main)[0] == 0
+    rejected(run, *out, found=f"{tmp_path / 'adapter'}")
+    for trainable, found in (
+        ("all", "--bundle: not given; this run trained trainable='all'; pass --bundle BUNDLE for the base it trained"),
+        ("base", "--out: given; this run trained trainable='base'; there is no adapter in it; leave it out"),
+    ):
+        manifest = json.loads((run / "run.json").read_text())
+        manifest["config"]["trainable"] = trainable
+        (run / "run.json").write_text(json.dumps(manifest))
+        rejected(run, *out, found=found)
+    shutil.rmtree(run / "checkpoints")
+    manifest["config"]["trainable"] = "adapter"
+    (run / "run.json").write_text(json.dumps(manifest))
+    rejected(run, "--out", tmp_path / "new", found="--step last: no such checkpoint")
