@@ -37,24 +37,20 @@ def assert_finished_as(straight, run):
 
 
 def test_killed_at_five_random_moments(home, straight, tmp_path):
-    """Two kills before there is a checkpoint, two while one is written, one between."""
+    """Two kills before there is a checkpoint, two while one is written over an older one, one between."""
     run, chance = tmp_path / "run", random.Random(0)
 
-    def saving():
-        try:
-            return any(path.stat().st_mtime > begun for path in (run / "checkpoints").glob("*tmp*/state*"))
-        except FileNotFoundError:  # it has just got its final name
-            return False
+    def saving(step):
+        return any((run / "checkpoints").glob(f"{step}.*tmp*/state*"))
 
     moments = (
         (lambda: True, chance.uniform(0.2, 3)),
         (lambda: child.says("step 1 "), chance.uniform(0, 0.03)),
-        (saving, chance.uniform(0, 0.02)),
-        (lambda: child.says("step "), chance.uniform(0, 0.05)),
-        (saving, chance.uniform(0, 0.02)),
+        (lambda: saving(4), chance.uniform(0, 0.02)),
+        (lambda: child.says("step 7 "), chance.uniform(0, 0.05)),
+        (lambda: saving(10), chance.uniform(0, 0.02)),
     )
     for number, (moment, delay) in enumerate(moments):
-        begun = time.time()  # older temporary folders are of the kill before
         child = Child.train(home, tmp_path / f"log{number}", *words(run, *WORKERS, "--resume"))
         child.wait_for(moment)
         time.sleep(delay)
@@ -62,6 +58,7 @@ def test_killed_at_five_random_moments(home, straight, tmp_path):
         assert child.end() == -signal.SIGKILL
     last = Child.train(home, tmp_path / "log", *words(run, *WORKERS, "--resume"))
     assert last.end() == 0, last.log.read_text()
+    assert not last.says("step 8 ")  # it did go on, not start anew
     assert_finished_as(straight, run)
     assert not any((run / "checkpoints").glob("*tmp*"))
 
