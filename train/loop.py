@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -67,6 +68,7 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False, overwrite
         with Metrics(workdir, start or 0, write=main) as metrics, _Stop() as stop:
             return _run(config, mesh, models, data, checkpoints, state, start or 0, metrics, stop, sampler)
     finally:
+        gc.unfreeze()
         data.close()
         checkpoints.close()
 
@@ -106,6 +108,9 @@ def _run(
         if features is None or not (config.fixed_batch and config.fixed_noise):
             features = features_fn(models.recipe, models.frozen, batch, jnp.int32(step))
         state, values = step_fn(models.recipe, state, base, features)
+        if step == start:  # what tracing left behind stays: going through it again would hold up a later step, or a save
+            gc.collect()
+            gc.freeze()
         done = step + 1
         # The loss of the step before is read while this one runs, so that looking never makes the devices wait.
         if watched is not None:
