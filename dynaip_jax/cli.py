@@ -96,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="weights of CLIP's levels (default: router)",
     )
     ref.add_argument(
+        "--merge",
+        choices=("sum", "concat"),
+        help="several subjects: add them up, or let them compete (default: the adapter's)",
+    )
+    ref.add_argument(
         "--image-start", type=float, metavar="F", help="share of steps before the reference acts (default 0)"
     )
     ref.add_argument(
@@ -134,13 +139,14 @@ def sample(args: argparse.Namespace) -> int:
             "image_scale",
             "text_gain",
             "granularity",
+            "merge",
             "image_start",
             "image_end",
         )
         if getattr(args, name) is not None
     }
     if not args.reference:
-        for name in ("mask", "fit", "image_scale", "text_gain", "granularity", "image_start", "image_end"):
+        for name in ("mask", "fit", "image_scale", "text_gain", "granularity", "merge", "image_start", "image_end"):
             if getattr(args, name) not in (None, []):
                 raise UserError(
                     f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG"

@@ -87,16 +87,17 @@ def attention(
     raise ValueError(f"attention kernel {kernel!r}: expected one of {KERNELS}")
 
 
-def reference_attention(q: jax.Array, kv: KV, gain: jax.Array) -> jax.Array:
+def reference_attention(q: jax.Array, kv: KV, gain: jax.Array, merge: str = "sum") -> jax.Array:
     """Sum over subjects of gain · softmax(q K_sᵀ/√d) V_s: `q` `[b, n, h, d]`, K and V `[b or 1, s, m, h, d]` -> `[b, n, h, d]`.
 
-    `gain` `[b, n, s]` weighs each subject in each row. The softmax runs over the tokens `m` of one subject, in float32;
-    the gain is applied to the weights, so that no output per subject is ever held. Source: DESIGN section 2, "Injection".
+    `gain` `[b, n, s]` weighs each subject in each row. The softmax runs in float32 over the tokens `m` of one subject
+    (`merge` "sum"), or over those of all subjects, which then compete for a row ("concat"). The gain is applied to the
+    weights, so that no output per subject is ever held. Source: docs/method.md, "Injection".
     """
     b, d = q.shape[0], q.shape[-1]
     k, v = (jnp.broadcast_to(x, (b, *x.shape[1:])).astype(q.dtype) for x in kv)
     logits = jnp.einsum("bnhd,bsmhd->bhnsm", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    weights = jax.nn.softmax(logits, axis=-1) * gain[:, None, :, :, None]
+    weights = jax.nn.softmax(logits, axis=(-2, -1) if merge == "concat" else -1) * gain[:, None, :, :, None]
     return jnp.einsum("bhnsm,bsmhd->bnhd", weights.astype(q.dtype), v)
 
 

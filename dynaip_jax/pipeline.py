@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from dynaip_jax.errors import UserError
 from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.registry import COMPONENTS, FAMILIES, abstract_params
 from dynaip_jax.text import Tokenizers
-from dynaip_jax.types import ImagePrompt
+from dynaip_jax.types import MERGES, ImagePrompt
 
 Picture = str | Path | np.ndarray | Image.Image
 TRUE_CFG = 4.0  # scale used with a negative prompt when none is given
@@ -87,6 +88,10 @@ class DynaIPPipeline:
             configs[name] = opened.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
         _check_widths(opened, configs)
         adapter_config = None if adapter is None else _adapter_config(adapter, opened, configs, any_base, compute)
+        if adapter_config is not None:
+            configs["transformer"] = dataclasses.replace(
+                configs["transformer"], reference_query=adapter_config.query, reference_merge=adapter_config.merge
+            )
 
         params = {name: opened.load(name, abstract_params(name, configs[name])) for name in names}
         lengths = opened.manifest["text"]
@@ -116,6 +121,7 @@ class DynaIPPipeline:
         image_scale: float | Sequence[float] = 1.0,
         text_gain: float | Sequence[float] = 0.0,
         granularity: Sequence[float] | None = None,
+        merge: Literal["sum", "concat"] | None = None,
         image_start: float = 0.0,
         image_end: float = 1.0,
         fit: Literal["pad", "crop"] = "pad",
@@ -130,6 +136,7 @@ class DynaIPPipeline:
         - `image_scale`, `text_gain`: gain of the image prompt in the image and text branch, for all subjects or one each.
           text_gain 0 is the Dynamic Decoupling Strategy; with image_scale 0 as well the base model is left exactly as it is;
         - `granularity`: non-negative (low, mid, high) in place of the router's weights;
+        - `merge`: whether several subjects are summed, or compete for each row ("concat"); None = as the adapter says;
         - `image_start`, `image_end`: the part of the steps, in [0, 1], in which the image prompt acts;
         - `fit`: "pad" or "crop" references to CLIP's square.
 
@@ -137,6 +144,11 @@ class DynaIPPipeline:
         """
         references, masks = list(references), list(masks)
         self._check_image_options(references, masks, image_scale, text_gain, granularity, image_start, image_end)
+        transformer = self.configs["transformer"]
+        if merge not in (None, *MERGES):
+            raise UserError(f"--merge {merge}: expected sum or concat")
+        if merge is not None:
+            transformer = dataclasses.replace(transformer, reference_merge=merge)
         height, width = (v if v is not None else self.defaults[k] for k, v in (("height", height), ("width", width)))
         vae = self.configs["vae"]
         multiple = 2 * vae.downsample
@@ -176,7 +188,7 @@ class DynaIPPipeline:
         times = flow.schedule(steps, (latent[1] // 2) * (latent[2] // 2), self.schedule)
         with _progress_bar(steps, progress) as reporting:
             latents = denoise(
-                self.configs["transformer"],
+                transformer,
                 self.params["transformer"],
                 jnp.asarray(noise),
                 text,
@@ -199,6 +211,7 @@ class DynaIPPipeline:
                 image_scale=image_scale,
                 text_gain=text_gain,
                 granularity=granularity,
+                merge=transformer.reference_merge,
                 image_start=image_start,
                 image_end=image_end,
                 fit=fit,

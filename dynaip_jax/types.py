@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import jax
 
+QUERIES = ("before_rope", "after_rope")  # of the reference term
+MERGES = ("sum", "concat")  # of several subjects, in the reference term
+
 
 class KV(NamedTuple):
     """Keys and values that rows attend to: `k`, `v` `[l, b, s, m, h, d]` for a bank, without `l` inside a block."""

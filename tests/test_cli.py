@@ -30,7 +30,7 @@ def test_several_images_have_settings_and_a_grid(dynaip, tiny, photograph, tmp_p
     out = tmp_path / "cup.png"
     status, stdout, stderr = dynaip(
         "sample", "--model", tiny[0], "--adapter", tiny[1], "--prompt", "a cup", "--reference", photograph,
-        "--num-images", 3, "--seed", 4, "--granularity", 0, 1, 1, "--output", out, *SMALL,
+        "--num-images", 3, "--seed", 4, "--granularity", 0, 1, 1, "--merge", "concat", "--output", out, *SMALL,
     )  # fmt: skip
     assert status == 0, stderr
     assert stdout.split() == [str(tmp_path / f"cup_{k}.png") for k in range(3)] + [str(out)]
@@ -38,6 +38,7 @@ def test_several_images_have_settings_and_a_grid(dynaip, tiny, photograph, tmp_p
     assert Image.open(out).size == (64, 64)
     settings = read_settings(tmp_path / "cup_1.png")
     assert settings["seed"] == 5 and settings["image_scale"] == 1.0 and settings["text_gain"] == 0.0
+    assert settings["merge"] == "concat" and settings["fit"] == "pad"
     assert settings["reference"] == [str(photograph)] and settings["steps"] == 2 and settings["guidance"] == 3.5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cup.png", "cup_0.png", "cup_1.png", "cup_2.png"]
 
@@ -133,6 +134,8 @@ CASES = {
     "mask without reference": ("--mask {tall.png}", "--mask: needs a reference"),
     "scale without reference": ("--image-scale 0.5", "--image-scale: needs a reference"),
     "zero gain without reference": ("--text-gain 0", "--text-gain: needs a reference"),
+    "merge without reference": ("--merge sum", "--merge: needs a reference"),
+    "merge": ("--reference {good} --merge mean", "--merge.*mean.*sum"),
     "height": ("--height 40", "--height 40.*multiple of 16"),
     "width": ("--width -16", "--width -16.*positive multiple of 16"),
     "no steps": ("--steps 0", "--steps 0"),

@@ -1,5 +1,8 @@
 """The pipeline on the embedded tiny model: what each option does, and what it must not do."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +55,33 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(tiny, base, plain, tmp_path):
     np.testing.assert_array_equal(draw(fresh, photographs()[0], text_gain=1.0), plain)
 
 
+@pytest.fixture
+def changed(tiny, tmp_path):
+    """Loads the tiny adapter with other fields in its config; None: without that field, as older versions wrote it."""
+
+    def load(**fields):
+        folder = shutil.copytree(tiny[1], tmp_path / "changed", dirs_exist_ok=True)
+        manifest = json.loads((folder / "adapter.json").read_text())
+        manifest["config"] = {k: v for k, v in (manifest["config"] | fields).items() if v is not None}
+        (folder / "adapter.json").write_text(json.dumps(manifest))
+        return DynaIPPipeline.load(tiny[0], folder)
+
+    return load
+
+
+def test_the_adapter_says_how_its_term_is_computed(pipe, changed):
+    photos = photographs()
+    old = changed(query=None, merge=None)
+    np.testing.assert_array_equal(draw(old, *photos), draw(pipe, *photos))
+    assert (draw(changed(query="after_rope"), photos[0]) != draw(pipe, photos[0])).any()
+    concat = changed(merge="concat")
+    np.testing.assert_array_equal(draw(concat, *photos), draw(pipe, *photos, merge="concat"))
+    np.testing.assert_array_equal(draw(concat, *photos, merge="sum"), draw(pipe, *photos))
+    assert concat("a cat", photos, **SIZE).settings["merge"] == "concat"
+    with pytest.raises(UserError, match="query 'some'.*export the adapter again"):
+        changed(query="some")
+
+
 def test_every_reference_option_acts(pipe):
     a, b = photographs()
     mask = np.zeros((32, 48), np.float32)
@@ -61,6 +91,7 @@ def test_every_reference_option_acts(pipe):
         draw(pipe, b),
         draw(pipe, b, fit="crop"),
         draw(pipe, a, b),
+        draw(pipe, a, b, merge="concat"),
         draw(pipe, a, b, masks=[mask, 1 - mask]),
         draw(pipe, a, b, masks=[1 - mask, mask]),
         draw(pipe, a, image_scale=0.5),
@@ -131,6 +162,8 @@ def test_an_adapter_without_references_and_the_reverse(pipe, base):
         draw(pipe)
     with pytest.raises(UserError, match="--reference: no adapter"):
         draw(base, photographs()[0])
+    with pytest.raises(UserError, match="--merge mean: expected sum or concat"):
+        draw(pipe, photographs()[0], merge="mean")
 
 
 def test_weights_that_are_not_finite_are_named(base):

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from dynaip_jax.errors import UserError
-from train.config import TrainConfig, differing, to_dict
+from train.config import TrainConfig, differing, from_dict, to_dict
 from train.step import TrainState
 
 RUN_FILE = "run.json"
@@ -39,8 +39,9 @@ def check_workdir(workdir: Path, config: TrainConfig, fingerprint: str, *, resum
     if run.is_file() and resume:
         try:
             old = json.loads(run.read_text())
-            fields, base = differing(old["config"], to_dict(config)), old["base"]
-        except (OSError, ValueError, KeyError) as e:
+            saved = to_dict(from_dict(old["config"]))  # fields that came later have their defaults
+            fields, base = differing(saved, to_dict(config)), old["base"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{run}: not readable ({e}); expected the run's config; start again with --overwrite"
             ) from e

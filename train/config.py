@@ -25,6 +25,8 @@ class AdapterChoices:
     """The adapter to train; sizes not here are the base's and its CLIP's."""
 
     blocks: Literal["double", "all"] = "double"  # which blocks of the base it is injected into
+    query: Literal["before_rope", "after_rope"] = "before_rope"  # of the reference term, in the base's blocks
+    merge: Literal["sum", "concat"] = "sum"  # of several references: one softmax each, or one over all
     levels: tuple[int, int, int] = (10, 17, 24)  # CLIP hidden states, low to high
     router: Literal["image", "token"] = "image"
     expert_width: int = 4096

@@ -63,14 +63,17 @@ def make_recipe(config: TrainConfig, bundle: Bundle) -> Recipe:
                 "set it to that"
             )
         choices = dataclasses.asdict(config.adapter)
-        blocks = choices.pop("blocks")
+        own = {name: choices.pop(name) for name in ("blocks", "query", "merge")}
         adapter = DynaIPConfig.for_base(
             configs["transformer"],
             vision.hidden_size,
             hmoe=choices,
-            blocks=blocks,
+            **own,
             dtype=compute,
             param_dtype=jnp.float32,
+        )
+        configs["transformer"] = dataclasses.replace(
+            configs["transformer"], reference_query=adapter.query, reference_merge=adapter.merge
         )
     return Recipe(
         configs=tuple(configs.items()),
@@ -89,7 +92,8 @@ def make_recipe(config: TrainConfig, bundle: Bundle) -> Recipe:
 def encoder_identity(bundle: Bundle, config: TrainConfig) -> str:
     """A digest of the frozen encoders and of what is taken from them: what cached features depend on."""
     parts = {name: bundle.manifest["components"].get(name) for name in ENCODERS}
-    facts = dict(parts=parts, levels=config.adapter.levels, text=bundle.manifest["text"])
+    levels = None if config.trainable == "base" else config.adapter.levels
+    facts = dict(parts=parts, levels=levels, text=bundle.manifest["text"])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,16 +17,19 @@ from jax.typing import DTypeLike
 
 from dynaip_jax.adapter.hmoe import HMoE, HMoEConfig
 from dynaip_jax.models.layers import parameter
-from dynaip_jax.types import KV, ImagePrompt
+from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
 
 
 @dataclass(frozen=True)
 class DynaIPConfig:
     """`depth`, `depth_single_blocks`, `num_heads`, `head_dim` are the base transformer's. `blocks`: "double" injects into the
-    dual-branch blocks, "all" also into the single-stream ones."""
+    dual-branch blocks, "all" also into the single-stream ones. `query` (one of `types.QUERIES`) and `merge` (of
+    `types.MERGES`): how the base is to compute the reference term; the base's config takes them over."""
 
     hmoe: HMoEConfig = field(default_factory=HMoEConfig)
     blocks: str = "double"
+    query: str = "before_rope"
+    merge: str = "sum"
     depth: int = 19
     depth_single_blocks: int = 38
     num_heads: int = 24
@@ -39,6 +42,9 @@ class DynaIPConfig:
             object.__setattr__(self, "hmoe", HMoEConfig(**self.hmoe))
         if self.blocks not in ("double", "all"):
             raise ValueError(f"blocks {self.blocks!r}: expected 'double' or 'all'")
+        for name, allowed in (("query", QUERIES), ("merge", MERGES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {allowed}")
 
     @property
     def injected(self) -> int:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from dynaip_jax import ops
 from dynaip_jax.models.layers import LayerNorm, RMSNorm, linear, scanned
-from dynaip_jax.types import KV, ImagePrompt
+from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
 
 
 class BlockPrompt(NamedTuple):
@@ -42,7 +42,8 @@ class FluxConfig:
     """Sizes of the transformer, in BFL's field names, and how it is computed.
 
     `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `ops.KERNELS`; `dtype`: activations and matrix products;
-    `param_dtype`: the parameters that `init` makes.
+    `param_dtype`: the parameters that `init` makes. Of the reference term, as the adapter was trained: `reference_query`, one
+    of `types.QUERIES`; `reference_merge`, one of `types.MERGES` (see `ops.reference_attention`).
     """
 
     in_channels: int = 64
@@ -62,6 +63,8 @@ class FluxConfig:
     param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
     attention: str = "auto"
+    reference_query: str = "before_rope"
+    reference_merge: str = "sum"
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
@@ -71,8 +74,9 @@ class FluxConfig:
             raise ValueError(
                 f"axes_dim {self.axes_dim}: expected even numbers that add up to the head size {self.head_dim}"
             )
-        if self.attention not in ops.KERNELS:
-            raise ValueError(f"attention {self.attention!r}: expected one of {ops.KERNELS}")
+        for name, allowed in (("attention", ops.KERNELS), ("reference_query", QUERIES), ("reference_merge", MERGES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {allowed}")
 
     @property
     def head_dim(self) -> int:
@@ -291,8 +295,9 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, text_rows: int) -> jax.Array:
-    """Joint attention with RoPE, plus the reference term with the query before RoPE (DESIGN section 2, "Injection")."""
-    attn = ops.attention(ops.apply_rope(q, shared.rope), ops.apply_rope(k, shared.rope), v, kernel=c.attention)
+    """Joint attention with RoPE, plus the reference term (docs/method.md, "Injection"), whose keys stand at position 0."""
+    rotated = ops.apply_rope(q, shared.rope)
+    attn = ops.attention(rotated, ops.apply_rope(k, shared.rope), v, kernel=c.attention)
     if prompt is None:
         return attn
     b, n = q.shape[:2]
@@ -303,7 +308,8 @@ def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, 
         ],
         axis=1,
     )
-    return attn + ops.reference_attention(q, prompt.kv, gain)
+    query = rotated if c.reference_query == "after_rope" else q
+    return attn + ops.reference_attention(query, prompt.kv, gain, c.reference_merge)
 
 
 def _split_prompt(c: FluxConfig, prompt: ImagePrompt | None):

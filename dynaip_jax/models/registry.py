@@ -16,7 +16,8 @@ from dynaip_jax.models.t5 import T5Config, T5Encoder
 from dynaip_jax.models.vae import VAE, VAEConfig
 
 FAMILIES = ("flux",)
-COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "attention")  # how, not what: not stored with the weights
+# how, not what, or an adapter's choice: not stored with the weights
+COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "attention", "reference_query", "reference_merge")
 
 
 class Component(NamedTuple):

@@ -79,6 +79,9 @@ def test_bad_settings_are_refused_in_words():
             HMoEConfig(**{**vars(TINY), **changes})
     with pytest.raises(ValueError, match="blocks 'some'"):
         DynaIPConfig(blocks="some")
+    for name in ("query", "merge"):
+        with pytest.raises(ValueError, match=f"{name} 'some': expected one of"):
+            DynaIPConfig(**{name: "some"})
     with pytest.raises(ValueError, match=r"three arrays \[b, m, 12\]"):
         HMoE(TINY).init(jax.random.key(0), [f[..., :6] for f in FEATURES])
 

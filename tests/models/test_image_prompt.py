@@ -8,7 +8,7 @@ import pytest
 from dynaip_jax import ops
 from dynaip_jax.models import flux
 from dynaip_jax.models.flux import BlockPrompt, DoubleBlock, Flux, FluxConfig, Shared, SingleBlock
-from dynaip_jax.types import KV, ImagePrompt
+from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
 
 CONFIG = FluxConfig.tiny()
 B, S, M, T, I = 2, 2, 5, 8, 16  # noqa: E741  (the axis letters)
@@ -98,23 +98,29 @@ def test_each_gain_reaches_its_own_branch_only(kind, branch):
     assert np.abs(on[branch] - off[branch]).max() > 1e-3
 
 
-def naive_reference_term(q, bank, gain):
+def naive_reference_term(q, bank, gain, merge="sum"):
+    q, (k, v), gain = np.asarray(q), map(np.asarray, bank), np.asarray(gain)
     out = np.zeros(q.shape)
-    for b, s, h in np.ndindex(B, S, CONFIG.num_heads):
-        k, v = (np.asarray(x)[b, s, :, h] for x in bank)
-        w = np.exp(np.asarray(q)[b, :, h] @ k.T / np.sqrt(CONFIG.head_dim))
-        out[b, :, h] += np.asarray(gain)[b, :, s, None] * (w / w.sum(-1, keepdims=True)) @ v
+    for b, h in np.ndindex(B, CONFIG.num_heads):
+        w = [np.exp(q[b, :, h] @ k[b, s, :, h].T / np.sqrt(CONFIG.head_dim)) for s in range(S)]
+        total = [x.sum(-1, keepdims=True) for x in w]
+        for s in range(S):
+            over = sum(total) if merge == "concat" else total[s]
+            out[b, :, h] += gain[b, :, s, None] * (w[s] / over) @ v[b, s, :, h]
     return out
 
 
-def test_injected_term_is_the_equation_with_the_query_before_rope():
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("query", QUERIES)
+def test_injected_term_is_the_equation(query, merge):
+    config = FluxConfig.tiny(reference_query=query, reference_merge=merge)
     q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
     rope = ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000)
     bank = KV(*(x[0] for x in kv(1)))
     region = jax.random.uniform(jax.random.key(9), (B, S, I))
     prompt = BlockPrompt(bank, jnp.array([[1.0, 0.5], [2.0, 0.0]]), jnp.array([[0.0, 0.3], [0.1, 0.0]]))
     shared = Shared(q[:, 0, 0], rope, region)
-    term = flux._attend(CONFIG, q, k, v, shared, prompt, T) - flux._attend(CONFIG, q, k, v, shared, None, T)
+    term = flux._attend(config, q, k, v, shared, prompt, T) - flux._attend(config, q, k, v, shared, None, T)
     gain = np.concatenate(
         [
             np.repeat(prompt.text_gain[:, None], T, 1),
@@ -122,7 +128,24 @@ def test_injected_term_is_the_equation_with_the_query_before_rope():
         ],
         axis=1,
     )
-    np.testing.assert_allclose(term, naive_reference_term(q, bank, gain), atol=2e-5)
+    used = ops.apply_rope(q, rope) if query == "after_rope" else q
+    np.testing.assert_allclose(term, naive_reference_term(used, bank, gain, merge), atol=2e-5)
+
+
+def test_one_subject_is_the_same_summed_or_concatenated():
+    q, bank = normal(0, B, I, CONFIG.num_heads, CONFIG.head_dim), KV(*(x[0] for x in kv(1)))
+    gain = ops.row_gain(jnp.full((B, S), 0.7), None, B, I)
+    one = KV(bank.k[:, :1], bank.v[:, :1])
+    total, joint = (np.asarray(ops.reference_attention(q, one, gain[..., :1], merge)) for merge in MERGES)
+    np.testing.assert_allclose(joint, total, atol=1e-6)
+    total, joint = (np.asarray(ops.reference_attention(q, bank, gain, merge)) for merge in MERGES)
+    assert np.abs(joint - total).max() > 1e-2
+
+
+def test_choices_of_the_reference_term_are_checked():
+    for field in ("reference_query", "reference_merge", "attention"):
+        with pytest.raises(ValueError, match=f"{field} 'other': expected one of"):
+            FluxConfig.tiny(**{field: "other"})
 
 
 def test_disjoint_regions_leave_each_others_rows_untouched():
