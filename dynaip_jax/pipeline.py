@@ -333,13 +333,14 @@ def denoise(
 ) -> jax.Array:
     """The whole denoising loop: noise `[b, c, h, w]` -> latents `[b, c, h, w]`, float32.
 
-    `text`: one row (the prompt), or two (prompt, negative prompt) with `true_cfg`: v = v_neg + true_cfg (v - v_neg), where the
-    negative pass has no image prompt. `image_prompt` is shared by all of the batch and acts where
-    window[0] <= step / steps < window[1]. `times` `[steps + 1]` as from `flow.schedule`.
+    `text`: a row (the prompt), or two (prompt, negative prompt) with `true_cfg`: v = v_neg + true_cfg (v - v_neg), where the
+    negative pass has no image prompt; either for all pictures, or b rows of each for a prompt a picture. `image_prompt` is
+    shared by all of the batch, or one a picture without `true_cfg`; it acts where window[0] <= step / steps < window[1].
+    `times` `[steps + 1]` as from `flow.schedule`.
     """
     b, _, h, w = noise.shape
-    branches = text.states.shape[0]
-    states, pooled = (jnp.repeat(x, b, axis=0) for x in text)
+    branches = 1 if true_cfg is None else 2
+    states, pooled = (jnp.repeat(x, branches * b // len(x), axis=0) for x in text)
     if image_prompt is not None and branches == 2:
         on = jnp.repeat(jnp.array([1.0, 0.0]), b)[:, None]
         image_prompt = image_prompt.scaled(on)
