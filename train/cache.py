@@ -64,8 +64,6 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     from train import models as models_
     from train.step import encode
 
-    if config.trainable == "base":
-        raise UserError("--trainable base: has no image prompt to cache features for; cache with adapter or all")
     mesh = make_mesh(config.mesh)
     bundle = models_.open_bundle(config)
     models_.make_recipe(config, bundle)
@@ -98,12 +96,13 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
                     for start in range(0, len(members), config.batch):
                         rows = members[start : start + config.batch]
                         e = encoded(keep_text, rows, bucket, variant)
-                        levels = np.stack([level[:, 0] for level in e.levels], axis=1)
                         put(
                             features.moments_name(bucket), (variants, len(members), *e.moments.shape[1:]),
                             (variant, slot[rows]), e.moments,
                         )  # fmt: skip
-                        put("levels", (variants, len(dataset), *levels.shape[1:]), (variant, rows), levels)
+                        if e.levels is not None:
+                            levels = np.stack([level[:, 0] for level in e.levels], axis=1)
+                            put("levels", (variants, len(dataset), *levels.shape[1:]), (variant, rows), levels)
                         if variant == 0:
                             put("states", (len(dataset), *e.states.shape[1:]), (rows,), e.states)
                             put("pooled", (len(dataset), *e.pooled.shape[1:]), (rows,), e.pooled)

@@ -29,6 +29,7 @@ class AdapterChoices:
     merge: Literal["sum", "concat"] = "sum"  # of several references: one softmax each, or one over all
     levels: tuple[int, int, int] = (10, 17, 24)  # CLIP hidden states, low to high
     router: Literal["image", "token"] = "image"
+    weights: tuple[float, float, float] | None = None  # of the levels, fixed, in place of a router
     expert_width: int = 4096
     resampler_tokens: int = 0  # 0 keeps all of CLIP's tokens
 

@@ -32,21 +32,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights", choices=("ema", "params"), default="ema", help="the average or the last ones (default: ema)"
     )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights on disk (default: float32)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing folders")
     args = parser.parse_args(argv)
-    export(args.workdir, args.out, args.bundle, args.step, args.weights, overwrite=args.overwrite)
+    export(args.workdir, args.out, args.bundle, args.step, args.weights, dtype=args.dtype, overwrite=args.overwrite)
     return 0
 
 
 def export(
-    workdir: Path, out: Path | None, bundle_out: Path | None, step: str, weights: str, *, overwrite: bool = False
+    workdir: Path,
+    out: Path | None,
+    bundle_out: Path | None,
+    step: str = "last",
+    weights: str = "ema",
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
 ) -> None:
     """Writes the trained adapter to `out` and, if it was trained, the base to `bundle_out`.
 
-    `step`: "last", "best" or a number; `weights`: "ema" or "params". Raises `UserError` for a folder without a run or
+    `step`: "last", "best" or a number; `weights`: "ema" or "params"; `dtype`: of the files. Raises `UserError` for a folder without a run or
     checkpoint, and for outputs that do not fit what was trained.
     """
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from dynaip_jax.adapter.dynaip import adapter_to_dict
@@ -93,7 +104,7 @@ def export(
         state = checkpoints.restore(number, target)
     finally:
         checkpoints.close()
-    params = jax.tree.map(np.asarray, getattr(state, weights))
+    params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), getattr(state, weights))
 
     identity = bundle.fingerprint
     if bundle_out is not None:

@@ -167,6 +167,16 @@ def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
 
+def updated(optim: OptimConfig, state: TrainState, grads: Any) -> TrainState:
+    """The state after one optimizer step along `grads`."""
+    updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    done = state.step.astype(jnp.float32)
+    decay = jnp.minimum(optim.ema, (1 + done) / (10 + done))
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    return TrainState(state.step + 1, params, ema, opt_state)
+
+
 def train_step(
     recipe: Recipe, state: TrainState, frozen: dict[str, Any], features: Features
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -195,15 +205,11 @@ def train_step(
         )
         grads = jax.tree.map(lambda g: g / n, grads)
 
-    updates, opt_state = optimizer(recipe.optim).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    done = state.step.astype(jnp.float32)
-    decay = jnp.minimum(recipe.optim.ema, (1 + done) / (10 + done))
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    new = updated(recipe.optim, state, grads)
     metrics = dict(
         loss=sums["loss"] / b,
         grad_norm=optax.global_norm(grads),
         loss_by_time=sums["bucket_loss"] / sums["bucket_count"],
     )
     metrics |= {k: sums[k] / b for k in ("routing", "key_rms", "value_rms") if k in sums}
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    return new, metrics

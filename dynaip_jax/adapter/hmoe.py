@@ -24,13 +24,14 @@ LEVEL_NAMES = ("low", "mid", "high")
 @dataclass(frozen=True)
 class HMoEConfig:
     """`levels`: indices into CLIP's hidden states, from low to high; `width`: of the tokens that come out; `router`: one set of
-    weights per "image" or per "token"; `resampler_tokens`: 0 keeps all tokens, otherwise a Perceiver reduces them to so many."""
+    weights per "image" or per "token"; `weights`: fixed ones, low to high, and no router; `resampler_tokens`: 0 keeps all tokens, otherwise a Perceiver reduces them to so many."""
 
     clip_width: int = 1024
     levels: tuple[int, ...] = (10, 17, 24)
     expert_width: int = 4096
     width: int = 3072
     router: str = "image"
+    weights: tuple[float, float, float] | None = None
     resampler_tokens: int = 0
     resampler_depth: int = 2
     resampler_heads: int = 16
@@ -39,6 +40,10 @@ class HMoEConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(self.weights))
+            if len(self.weights) != 3 or min(self.weights) < 0 or sum(self.weights) <= 0:
+                raise ValueError(f"weights {self.weights}: expected three non-negative numbers, not all zero")
         if len(self.levels) != 3:
             raise ValueError(f"levels {self.levels}: expected three CLIP layers, low, mid and high")
         if self.router not in ("image", "token"):
@@ -67,7 +72,11 @@ class HMoE(nn.Module):
                 f"HMoE: features {[f.shape for f in features]}; expected three arrays [b, m, {c.clip_width}]: "
                 "use the CLIP that the adapter was made for"
             )
-        weights = self._route(features)
+        if c.weights is None:
+            weights = self._route(features)
+        else:
+            shape = (*(features[0].shape[:2] if c.router == "token" else features[0].shape[:1]), 3)
+            weights = jnp.broadcast_to(jnp.asarray(c.weights) / sum(c.weights), shape)
         if granularity is not None:
             granularity = jnp.asarray(granularity, jnp.float32)
             granularity = granularity / granularity.sum(axis=-1, keepdims=True)

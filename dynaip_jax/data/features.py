@@ -32,7 +32,7 @@ class CachedBatch(NamedTuple):
     moments: np.ndarray  # [b, h, w, 2z] of the VAE
     states: np.ndarray  # [b, t, c] of T5; of the empty prompt where the text is dropped
     pooled: np.ndarray  # [b, c] of CLIP text, likewise
-    levels: tuple[np.ndarray, ...]  # three of [b, 1, m, c] of CLIP vision
+    levels: tuple[np.ndarray, ...] | None  # three of [b, 1, m, c] of CLIP vision; None in a cache for a base
     keep_image: np.ndarray  # float32 [b]: 0 where the image prompt is dropped, otherwise 1
     row: np.ndarray  # int32 [b]: index into the dataset
 
@@ -116,7 +116,9 @@ class Cached:
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         store = Store(self.path, self.dtype)
-        return {name: store.array(name) for name in ("states", "pooled", "levels", "empty_states", "empty_pooled")}
+        with_levels = ("levels",) if (self.path / "levels.npy").is_file() else ()
+        names = ("states", "pooled", "empty_states", "empty_pooled", *with_levels)
+        return {name: store.array(name) for name in names}
 
     def read(self, rows: np.ndarray, bucket: Bucket, epoch: int) -> CachedBatch:
         """The `CachedBatch` of dataset indices `rows` `[b]`."""
@@ -128,12 +130,15 @@ class Cached:
             empty = arrays[f"empty_{name}"]
             return np.stack([empty if c.drop_text else arrays[name][row] for c, row in zip(chances, rows, strict=True)])
 
-        levels = arrays["levels"][variant, rows]
+        levels = None
+        if "levels" in arrays:
+            found = arrays["levels"][variant, rows]
+            levels = tuple(np.array(found[:, n, None]) for n in range(found.shape[1]))
         return CachedBatch(
             moments=np.array(moments[variant, self._slot[rows]]),
             states=text("states"),
             pooled=text("pooled"),
-            levels=tuple(np.array(levels[:, n, None]) for n in range(levels.shape[1])),
+            levels=levels,
             keep_image=np.array([not c.drop_image for c in chances], np.float32),
             row=np.asarray(rows, np.int32),
         )

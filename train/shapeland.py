@@ -1,0 +1,504 @@
+"""Trains the embedded default from nothing: Shapeland's autoencoder, encoders, judge, base model and adapter.
+
+python -m train.shapeland --workdir runs/shapeland
+
+Stages run in order; a finished one is not run again, and one that was cut off goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from dynaip_jax.bundle import NewComponent, replacing, write_bundle
+from dynaip_jax.data import images, synthetic
+from dynaip_jax.data.sources import DataConfig
+from dynaip_jax.data.store import write_dataset
+from dynaip_jax.errors import Parser, run_cli
+from dynaip_jax.eval.judge import Judge, init_judge
+from dynaip_jax.flow import ScheduleConfig
+from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from dynaip_jax.models.flux import FluxConfig
+from dynaip_jax.models.registry import COMPONENTS, config_to_dict, init_params
+from dynaip_jax.models.t5 import T5Config
+from dynaip_jax.models.vae import VAEConfig
+from dynaip_jax.text import Tokenizers
+from train.cache import cache
+from train.checkpoint import Checkpoints
+from train.config import AdapterChoices, OptimConfig, TrainConfig
+from train.export import export
+from train.loop import train
+from train.step import TrainState, init_state, updated
+
+SPECIAL = ("<pad>", "</s>", "<s>", "<unk>", "<mask>")
+TOKENS = dict(t5_length=24, clip_length=32)
+WORDS = [*SPECIAL, *synthetic.vocabulary()]
+END = SPECIAL.index("</s>")
+LEVELS = (2, 4, 6)
+
+CONFIGS: dict[str, Any] = dict(
+    vae=VAEConfig(resolution=64, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=8),
+    t5=T5Config(vocab_size=len(WORDS), d_model=128, d_kv=32, d_ff=256, num_heads=4, num_layers=2),
+    clip_text=CLIPTextConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(WORDS), max_position_embeddings=TOKENS["clip_length"], eos_token_id=END,
+    ),
+    clip_vision=CLIPVisionConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, image_size=64, patch_size=8,
+    ),
+    transformer=FluxConfig(
+        in_channels=32, out_channels=32, vec_in_dim=128, context_in_dim=128, hidden_size=192, num_heads=6, depth=4,
+        depth_single_blocks=2, axes_dim=(8, 12, 12), guidance_embed=False,
+    ),
+)  # fmt: skip
+
+DATA = DataConfig(resolution=64, aspects=("1:1",), clip_size=64, crop_reference=0.85, workers=0)
+BASE = TrainConfig(
+    data=DATA,
+    adapter=AdapterChoices(levels=LEVELS, expert_width=256),
+    optim=OptimConfig(rate=1.5e-3, warmup=200, decay_steps=4000, final=0.02, ema=0.998),
+    trainable="base",
+    fresh_base=True,
+    steps=4000,
+    batch=64,
+    dtype="float32",
+    remat="none",
+    log_every=50,
+    save_every=500,
+    keep=1,
+)
+ADAPTER = dataclasses.replace(
+    BASE,
+    optim=OptimConfig(rate=2e-3, warmup=100, decay_steps=3500, final=0.02, ema=0.998),
+    trainable="adapter",
+    fresh_base=False,
+    steps=3500,
+)
+SCENES, PAIRS = 24_000, 24_000  # rows of the two datasets
+SHIPPED = "bfloat16"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m train.shapeland",
+        description="Trains the embedded default (Shapeland) from nothing, stage by stage; run again to go on.",
+    )
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="everything goes there")
+    parser.add_argument(
+        "--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"only these: {', '.join(STAGES)}"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of worlds, weights and order (default 0)")
+    args = parser.parse_args(argv)
+    for name in args.stages or STAGES:
+        folder = args.workdir / name
+        if (folder / DONE).is_file():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        print(f"stage {name}", file=sys.stderr)
+        STAGES[name](folder, args.seed)
+        note = dict(
+            stage=name, seed=args.seed, seconds=round(time.monotonic() - began), device=jax.devices()[0].device_kind
+        )
+        (folder / DONE).write_text(json.dumps(note) + "\n")
+    return 0
+
+
+DONE = "done.json"
+
+
+# --- a small training loop for what is neither base nor adapter
+
+
+class _Position:
+    """Data whose batches are a function of the step: nothing of it needs to be kept."""
+
+    def get_state(self) -> dict[str, int]:
+        return {}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def fit(
+    folder: Path,
+    params: Any,
+    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    batch_of: Callable[[int], Any],
+    steps: int,
+    rate: float,
+    seed: int,
+    ema: float = 0.995,
+) -> Any:
+    """Trains `params` for `steps` steps of `loss(params, batch, key) -> (loss, figures)`; returns their average.
+
+    Checkpoints lie in `folder`; what is there already is gone on with.
+    """
+    optim = OptimConfig(rate=rate, warmup=min(100, steps // 10), decay_steps=steps, final=0.02, ema=ema)
+    checkpoints = Checkpoints(folder, keep=1)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (value, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        return updated(optim, state, grads), dict(loss=value) | figures
+
+    try:
+        state = init_state(optim, params)
+        start = checkpoints.latest() or 0
+        if start:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+            state = checkpoints.restore(start, target, _Position())
+        for step in range(start, steps):
+            state, figures = step_fn(state, batch_of(step))
+            done = step + 1
+            if done % 50 == 0 or done == steps:
+                print(f"step {done}  " + "  ".join(f"{k} {float(v):.4f}" for k, v in figures.items()), file=sys.stderr)
+            if done % 250 == 0 or done == steps:
+                checkpoints.save(done, state, _Position(), float(figures["loss"]))
+        return jax.tree.map(np.asarray, state.ema)
+    finally:
+        checkpoints.close()
+
+
+def _order(seed: int, step: int, count: int, batch: int) -> np.ndarray:
+    """Indices of the batch of `step` among `count` items."""
+    return np.random.default_rng((seed, step)).choice(count, batch, replace=False)
+
+
+def _in_processes(make: Callable[[int], Any], count: int) -> list[Any]:
+    """`make(n)` for n below `count`, by all cores."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        return pool.map(make, range(count), chunksize=64)
+
+
+def _save(path: Path, params: Any) -> None:
+    from safetensors.numpy import save_file
+
+    from dynaip_jax.bundle import flatten
+
+    save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, path)
+
+
+def _load(path: Path) -> Any:
+    from flax.traverse_util import unflatten_dict
+    from safetensors.numpy import load_file
+
+    return unflatten_dict(load_file(path), sep=".")
+
+
+def _unit(pictures: ArrayLike) -> jax.Array:
+    """uint8 -> float32 in [-1, 1]."""
+    return jnp.asarray(pictures, jnp.float32) / 127.5 - 1
+
+
+# --- stages
+
+
+def _image(seed: int, n: int) -> np.ndarray:
+    return synthetic.render(synthetic.sample_mixed(synthetic.generator(seed, "train", n))).image
+
+
+def train_vae(folder: Path, seed: int) -> None:
+    """L1 and a weak KL, first on quarters of pictures (cheap), then on whole ones; latents are then scaled to unit size."""
+    pictures = np.stack(_in_processes(partial(_image, seed), 8000))
+    config = CONFIGS["vae"]
+    module = COMPONENTS["vae"].module(config)
+
+    def loss(params, batch, key):
+        moments = module.apply({"params": params}, _unit(batch), method="encode")
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        noise = jax.random.normal(key, mean.shape)
+        latents = jnp.moveaxis(module.apply({}, moments, jnp.moveaxis(noise, -1, 1), method="latents"), 1, -1)
+        error = module.apply({"params": params}, jnp.moveaxis(latents, -1, 1), method="decode") - _unit(batch)
+        kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
+        psnr = -10 * jnp.log10(jnp.mean(error**2) / 4)
+        return jnp.abs(error).mean() + jnp.square(error).mean() + 5e-4 * kl, dict(psnr=psnr, kl=kl)
+
+    def batch_of(step: int, whole: bool):
+        rng = np.random.default_rng((seed, step, whole))
+        some = pictures[rng.choice(len(pictures), 8 if whole else 16, replace=False)]
+        if whole:
+            return some
+        top, left = rng.integers(0, 33, (2, len(some)))
+        return np.stack([x[t : t + 32, s : s + 32] for x, t, s in zip(some, top, left, strict=True)])
+
+    params = init_params("vae", config, jax.random.key(seed))
+    params = fit(folder / "quarters", params, loss, partial(batch_of, whole=False), VAE_STEPS[0], 2e-3, seed)
+    params = fit(folder / "whole", params, loss, partial(batch_of, whole=True), VAE_STEPS[1], 6e-4, seed)
+    moments = jax.jit(lambda x: module.apply({"params": params}, _unit(x), method="encode"))(pictures[:512])
+    mean, logvar = np.split(np.asarray(moments), 2, axis=-1)
+    scale = dict(shift_factor=float(mean.mean()), scale_factor=float(1 / np.sqrt(mean.var() + np.exp(logvar).mean())))
+    (folder / "scale.json").write_text(json.dumps(scale))
+    _save(folder / WEIGHTS, params)
+
+
+VAE_STEPS = (2600, 500)
+WEIGHTS = "weights.safetensors"
+
+
+def _caption(seed: int, n: int) -> str:
+    return synthetic.caption(synthetic.sample_mixed(synthetic.generator(seed, "train", n)))
+
+
+def train_text(folder: Path, seed: int) -> None:
+    """T5's encoder by masked words: a third of the words are hidden, and named from the rest."""
+    tokenizers = _load_tokenizers()
+    captions = _in_processes(partial(_caption, seed), 20_000)
+    ids = tokenizers.t5(captions)
+    module = COMPONENTS["t5"].module(CONFIGS["t5"])
+
+    def loss(params, batch, key):
+        hidden = (jax.random.uniform(key, batch.shape) < 0.33) & (batch >= len(SPECIAL))
+        states = module.apply({"params": params["t5"]}, jnp.where(hidden, SPECIAL.index("<mask>"), batch))
+        logits = states @ params["head"]
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch[..., None], -1)[..., 0]
+        right = (logits.argmax(-1) == batch) & hidden
+        return (nll * hidden).sum() / hidden.sum(), dict(accuracy=right.sum() / hidden.sum())
+
+    head = jax.random.normal(jax.random.key(seed + 1), (CONFIGS["t5"].d_model, len(WORDS))) * 0.05
+    params = dict(t5=init_params("t5", CONFIGS["t5"], jax.random.key(seed)), head=head)
+    params = fit(folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], 600, 2e-3, seed)
+    _save(folder / WEIGHTS, params["t5"])
+
+
+def _described(seed: int, n: int) -> tuple[np.ndarray, str]:
+    rng = synthetic.generator(seed, "train", n)
+    scene = synthetic.sample_scene(rng, 1, large=True) if n % 3 else synthetic.sample_scene(rng, 1 + (n // 3) % 2)
+    text = synthetic.description(scene) if len(scene.subjects) == 1 else synthetic.caption(scene)
+    return synthetic.render(scene).image, text
+
+
+def train_clip(folder: Path, seed: int) -> None:
+    """Both towers, by telling which description belongs to which picture."""
+    tokenizers = _load_tokenizers()
+    pictures, texts = zip(*_in_processes(partial(_described, seed), 16_000), strict=True)
+    pixels, ids = np.stack(pictures), tokenizers.clip(texts)
+    vision, text = (COMPONENTS[name].module(CONFIGS[name]) for name in ("clip_vision", "clip_text"))
+    last = (CONFIGS["clip_vision"].num_hidden_layers,)
+
+    def loss(params, batch, key):
+        shown, said = batch
+        x = (jnp.asarray(shown, jnp.float32) / 255 - images.CLIP_MEAN) / images.CLIP_STD
+        _, pooled = vision.apply({"params": params["clip_vision"]}, x, layers=last)
+        _, words = text.apply({"params": params["clip_text"]}, said)
+        a, b = pooled @ params["see"], words @ params["read"]
+        a, b = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (a, b))
+        logits = a @ b.T * jnp.exp(params["scale"])
+        nll = -0.5 * (jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))).mean()
+        return nll, dict(accuracy=(logits.argmax(-1) == jnp.arange(len(a))).mean())
+
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params: dict[str, Any] = {
+        name: init_params(name, CONFIGS[name], k) for name, k in zip(("clip_vision", "clip_text"), keys, strict=False)
+    }
+    params |= {
+        name: jax.random.normal(k, (128, 96)) * 128**-0.5 for name, k in zip(("see", "read"), keys[2:], strict=True)
+    }
+    params["scale"] = jnp.array(2.3)
+
+    def batch_of(step: int):
+        rows = _order(seed, step, len(pixels), 128)
+        return pixels[rows], ids[rows]
+
+    params = fit(folder / "run", params, loss, batch_of, CLIP_STEPS, 1e-3, seed)
+    _save(folder / WEIGHTS, {name: params[name] for name in ("clip_vision", "clip_text")})
+
+
+CLIP_STEPS = 1100
+
+
+def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Two pictures of one subject, in scenes of their own, with what there is to know of them."""
+    rng = synthetic.generator(seed, "judge", n)
+    kind, identity = str(rng.choice(synthetic.CLASSES)), synthetic.sample_identity(rng)
+    found = []
+    for _ in range(2):
+        count = int(rng.choice(4, p=(0.3, 0.25, 0.25, 0.2)))  # 0: a close view
+        others = [str(k) for k in rng.permutation([k for k in synthetic.CLASSES if k != kind])[: max(count - 1, 0)]]
+        subjects = [(kind, identity), *((k, synthetic.sample_identity(rng)) for k in others)]
+        scene = synthetic.sample_scene(rng, subjects=subjects, large=not count)
+        found.append(
+            (synthetic.render(scene).image, truth(scene) | dict(subject=np.int32(synthetic.CLASSES.index(kind))))
+        )
+    empty = synthetic.sample_scene(rng, 0)
+    return [*found, (synthetic.render(empty).image, truth(empty) | dict(subject=np.int32(-1)))]
+
+
+def truth(scene: synthetic.Scene) -> dict[str, np.ndarray]:
+    """What the judge should say of a scene: `position` `[k]` is -1 for classes that are not there."""
+    position = np.full(len(synthetic.CLASSES), -1, np.int32)
+    for s in scene.subjects:
+        position[synthetic.CLASSES.index(s.kind)] = list(synthetic.POSITIONS).index(s.position)
+    return dict(
+        position=position,
+        background=np.int32(synthetic.BACKGROUNDS.index(scene.background)),
+        count=np.int32(len(scene.subjects)),
+    )
+
+
+def train_judge(folder: Path, seed: int) -> None:
+    """Attributes by cross-entropy, identity by telling the same subject from others of its class."""
+    pool = _in_processes(partial(_judged, seed), JUDGE_POOL)
+    pictures = np.stack([[image for image, _ in three] for three in pool])
+    labels = jax.tree.map(
+        lambda *x: np.stack(x).reshape(len(pool), 3, *x[0].shape), *[t for three in pool for _, t in three]
+    )
+
+    def loss(params, batch, key):
+        shown, label = batch
+        blur_key, noise_key = jax.random.split(key)
+        x = _unit(shown)
+        soft = (x + sum(jnp.roll(x, shift, axis) for axis in (1, 2) for shift in (-1, 1))) / 5
+        x = x + jax.random.uniform(blur_key, (len(x), 1, 1, 1)) * (soft - x)
+        v = Judge().apply({"params": params}, x + 0.03 * jax.random.normal(noise_key, x.shape))
+        there = label["position"] >= 0
+        present = jnp.logaddexp(0, jnp.where(there, -v.present, v.present)).mean()
+        place = -jnp.take_along_axis(jax.nn.log_softmax(v.position), jnp.maximum(label["position"], 0)[..., None], -1)[
+            ..., 0
+        ]
+        place = (place * there).sum() / there.sum()
+        ground, count = (
+            -jnp.take_along_axis(jax.nn.log_softmax(logits), label[name][:, None], -1).mean()
+            for name, logits in (("background", v.background), ("count", v.count))
+        )
+        n = len(x) * 2 // 5  # the batch is n first views, n second views, n / 2 empty scenes
+        kinds = label["subject"][:n]
+        first, second = (v.identity[part, kinds] for part in (np.s_[:n], np.s_[n : 2 * n]))
+        logits = jnp.where(kinds[:, None] == kinds[None], first @ second.T * IDENTITY_SCALE, -1e9)
+        same = -0.5 * (jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))).mean()
+        figures = dict(
+            present=((v.present > 0) == there).all(-1).mean(),
+            place=((v.position.argmax(-1) == label["position"]) & there).sum() / there.sum(),
+            ground=(v.background.argmax(-1) == label["background"]).mean(),
+            count=(v.count.argmax(-1) == label["count"]).mean(),
+            same=(logits.argmax(-1) == jnp.arange(n)).mean(),
+        )
+        return 8 * present + place + ground + count + same, figures
+
+    def batch_of(step: int):
+        rows = _order(seed, step, len(pictures), 96)
+        parts = [(rows, 0), (rows, 1), (rows[:48], 2)]
+        pick = lambda x: np.concatenate([x[r, view] for r, view in parts])  # noqa: E731
+        return pick(pictures), jax.tree.map(pick, labels)
+
+    params = fit(folder / "run", init_judge(jax.random.key(seed)), loss, batch_of, JUDGE_STEPS, 2e-3, seed)
+    _save(folder / WEIGHTS, params)
+
+
+JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1200, 10.0
+
+
+def write_world(folder: Path, seed: int) -> None:
+    """The two datasets of the trainer: scenes for the base, pairs of one subject for the adapter."""
+    for name, make, count in (("scenes", synthetic.scene_row, SCENES), ("pairs", synthetic.pair_row, PAIRS)):
+        with replacing(folder / name, overwrite=True, marks=("index.npz",)) as work:
+            write_dataset(work, _in_processes(partial(make, seed), count))
+
+
+def write_encoders(folder: Path, seed: int) -> None:
+    """A bundle of what is trained so far, with a transformer of random weights."""
+    root = folder.parent
+    scale = json.loads((root / "vae" / "scale.json").read_text())
+    trained = dict(
+        vae=_load(root / "vae" / WEIGHTS), t5=_load(root / "text" / WEIGHTS), **_load(root / "clip" / WEIGHTS)
+    )
+
+    def components() -> Iterator[NewComponent]:
+        for name, config in CONFIGS.items():
+            config = dataclasses.replace(config, **scale) if name == "vae" else config
+            params = trained.get(name) or init_params(name, config, jax.random.key(seed))
+            params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(SHIPPED)), params)
+            yield NewComponent(name, config_to_dict(config), params, [dict(made_by=f"train.shapeland, seed {seed}")])
+
+    with tempfile.TemporaryDirectory() as work:
+        write_bundle(
+            folder / "bundle",
+            components(),
+            family="flux",
+            schedule=asdict(ScheduleConfig()),
+            text=TOKENS,
+            defaults=dict(steps=16, guidance=1.0, height=synthetic.SIZE, width=synthetic.SIZE),
+            tokenizers=write_tokenizers(Path(work)),
+            overwrite=True,
+        )
+
+
+def train_base(folder: Path, seed: int) -> None:
+    """The transformer, text to image; then a bundle with it."""
+    run = _trained(BASE, folder, seed, folder.parent / "encoders" / "bundle", folder.parent / "world" / "scenes")
+    export(run, None, folder / "bundle", dtype=SHIPPED, overwrite=True)
+
+
+def train_adapter(folder: Path, seed: int) -> None:
+    """The adapter on scenes of one subject, the base frozen."""
+    run = _trained(ADAPTER, folder, seed, folder.parent / "base" / "bundle", folder.parent / "world" / "pairs")
+    export(run, folder / "adapter", None, dtype=SHIPPED, overwrite=True)
+
+
+def _trained(config: TrainConfig, folder: Path, seed: int, bundle: Path, dataset: Path) -> Path:
+    """Caches the features of `dataset` in `folder`, trains on them, and returns the run's folder."""
+    config = dataclasses.replace(
+        config, bundle=str(bundle), seed=seed, data=dataclasses.replace(config.data, path=str(dataset), seed=seed)
+    )
+    features = folder / "features"
+    if not features.exists():
+        cache(config, features)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(features)))
+    train(config, folder / "run", resume=True)
+    return folder / "run"
+
+
+STAGES: dict[str, Callable[[Path, int], None]] = dict(
+    world=write_world, vae=train_vae, clip=train_clip, text=train_text, encoders=write_encoders, base=train_base,
+    judge=train_judge, adapter=train_adapter,
+)  # fmt: skip
+
+
+def write_tokenizers(folder: Path) -> dict[str, Path]:
+    """Whole-word tokenizers of the world's vocabulary, in the form that transformers reads: `folder`/t5, `folder`/clip."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocab = {word: n for n, word in enumerate(WORDS)}
+    found = {}
+    for name, template in (("t5", "$A </s>"), ("clip", "<s> $A </s>")):
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="removed")]
+        )
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(t, vocab[t]) for t in ("<s>", "</s>")]
+        )
+        found[name] = folder / name
+        found[name].mkdir(parents=True)
+        tokenizer.save(str(found[name] / "tokenizer.json"))
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        (found[name] / "tokenizer_config.json").write_text(json.dumps(config))
+    return found
+
+
+def _load_tokenizers() -> Tokenizers:
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizers(Path(folder))
+        return Tokenizers.load(Path(folder), **TOKENS)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
