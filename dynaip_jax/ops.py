@@ -107,6 +107,33 @@ def row_gain(gain: jax.Array, region: jax.Array | None, batch: int, rows: int) -
     return jnp.broadcast_to(per_row, (batch, rows, gain.shape[-1]))
 
 
+def smoothing_matrix(ids: jax.Array, sigma: float = 1.0) -> jax.Array:
+    """Gaussian weights of the distance between positions `ids` `[b, i, 3]`, float32 `[b, i, i]`, rows sum to 1.
+
+    As large as the logits of one attention head: one for all blocks, and no need to know the grid's shape.
+    """
+    distance = jnp.sum((ids[:, :, None] - ids[:, None]) ** 2, axis=-1)
+    return jax.nn.softmax(-0.5 * distance.astype(jnp.float32) / sigma**2, axis=-1)
+
+
+def auto_region(
+    q: jax.Array, k: jax.Array, words: jax.Array, smoothing: jax.Array, sharpness: float, kernel: str = "auto"
+) -> jax.Array:
+    """Where each subject belongs, float32 `[b, s, i]`, rows sum over s to 1: how strongly image rows attend to its words.
+
+    `q` `[b, i, h, d]` of the image rows and `k` `[b, t, h, d]` of the text rows, both after RoPE; `words` `[b or 1, s, t]`;
+    `smoothing` `[b or 1, i, i]`. A subject's score is the attention over the text rows alone, averaged over heads, summed
+    over its words and smoothed over the picture; R_s = score_s^sharpness / sum over subjects. Training-free; our
+    reconstruction (docs/method.md, "Injection").
+    """
+    b, t, h, _ = k.shape
+    values = jnp.broadcast_to(jnp.moveaxis(words, 1, 2)[:, :, None], (b, t, h, words.shape[1])).astype(jnp.float32)
+    score = attention(q, k, values, kernel=kernel).mean(axis=2)
+    score = jnp.einsum("bij,bjs->bsi", jnp.broadcast_to(smoothing, (b, *smoothing.shape[1:])), score)
+    # in logarithms: a power of small scores, divided by their sum, would be 0 / 0
+    return jax.nn.softmax(sharpness * jnp.log(score + jnp.finfo(jnp.float32).tiny), axis=1)
+
+
 def pack_latents(z: jax.Array) -> jax.Array:
     """Latents `[b, c, h, w]` -> tokens `[b, h/2 · w/2, 4c]`, channel-major: `b c (h 2) (w 2) -> b (h w) (c 2 2)`."""
     b, c, h, w = z.shape

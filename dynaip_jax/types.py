@@ -32,7 +32,8 @@ class ImagePrompt(NamedTuple):
     single: KV | None  # the same for single-stream blocks, or None
     image_gain: jax.Array  # [l, b, s]
     text_gain: jax.Array  # [l, b, s]; zeros = DDS
-    region: jax.Array | None  # [b, s, i], sums over s to at most 1; None = 1 everywhere
+    region: jax.Array | None  # [b, s, i], sums over s to at most 1; None = 1 everywhere, or as `words` has it
+    words: jax.Array | None = None  # [b, s, t], each subject's own text rows, sums over t to 1: blocks find the regions
 
     def scaled(self, factor) -> ImagePrompt:
         """The same image prompt with both gains multiplied by `factor` (broadcast against `[l, b, s]`)."""

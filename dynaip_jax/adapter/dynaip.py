@@ -74,7 +74,7 @@ class DynaIP(nn.Module):
     - `features`: three arrays `[b, s, m, clip_width]`, CLIP's hidden states of each subject's picture, low to high;
     - `image_gain`, `text_gain`: scalar, `[s]` or `[b, s]`. Training: 1 and 1. Inference: the user's scale, and 0 (DDS);
     - `granularity`: None (the router decides) or non-negative `[3]` or `[s, 3]`, normalised here;
-    - `region`: `[b or 1, s, i]` or None.
+    - `region`: `[b or 1, s, i]` or None; `words`: `[b or 1, s, t]` or None. Both: see `ImagePrompt`.
 
     Returns the `ImagePrompt` and the routing weights used, float32 `[b, s, 3]` (router "token": `[b, s, m, 3]`).
     K = RMSNorm(F W_k), V = F W_v, per head; W_v starts at zero, so that a fresh adapter changes nothing.
@@ -84,7 +84,7 @@ class DynaIP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Sequence[jax.Array], *, image_gain=1.0, text_gain=1.0, granularity=None, region=None
+        self, features: Sequence[jax.Array], *, image_gain=1.0, text_gain=1.0, granularity=None, region=None, words=None
     ) -> tuple[ImagePrompt, jax.Array]:
         c = self.config
         b, s = features[0].shape[:2]
@@ -103,6 +103,7 @@ class DynaIP(nn.Module):
             image_gain=gain(image_gain),
             text_gain=gain(text_gain),
             region=region,
+            words=words,
         )
         return prompt, weights.reshape(b, s, *weights.shape[1:])
 

@@ -30,11 +30,14 @@ class BlockPrompt(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What every block reads: conditioning vector `[b, c]`, rotary table, regions `[b, s, i]` or None."""
+    """What every block reads: conditioning vector `[b, c]`, rotary table; regions `[b, s, i]` or None; to find the regions in
+    the block itself: words `[b, s, t]` and what smooths their scores, `[b, i, i]`."""
 
     vec: jax.Array
     rope: tuple[jax.Array, jax.Array]
     region: jax.Array | None
+    words: jax.Array | None = None
+    smoothing: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class FluxConfig:
 
     `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `ops.KERNELS`; `dtype`: activations and matrix products;
     `param_dtype`: the parameters that `init` makes. Of the reference term, as the adapter was trained: `reference_query`, one
-    of `types.QUERIES`; `reference_merge`, one of `types.MERGES` (see `ops.reference_attention`).
+    of `types.QUERIES`; `reference_merge`, one of `types.MERGES` (see `ops.reference_attention`). `region_sharpness`: exponent
+    of `ops.auto_region`; 0 gives every subject the same share everywhere.
     """
 
     in_channels: int = 64
@@ -65,6 +69,7 @@ class FluxConfig:
     attention: str = "auto"
     reference_query: str = "before_rope"
     reference_merge: str = "sum"
+    region_sharpness: float = 2.0
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
@@ -223,7 +228,8 @@ class Flux(nn.Module):
     - `image_prompt`: see `ImagePrompt`; the parameter tree is the same with and without it.
 
     Returns the velocity `[b, i, out_channels]` in float32. Raises `ValueError` for guidance that does not fit the config
-    and for an image prompt of another depth, head count or head size.
+    and for an image prompt of another depth, head count or head size, of another number of text rows, or with both regions
+    and words.
     """
 
     config: FluxConfig
@@ -237,7 +243,7 @@ class Flux(nn.Module):
             raise ValueError(
                 f"guidance must be {'given' if c.guidance_embed else 'None'}: guidance_embed is {c.guidance_embed}"
             )
-        double, single, region = _split_prompt(c, image_prompt)
+        double, single, region, words = _split_prompt(c, image_prompt, txt.shape[1])
 
         vec = MLPEmbedder(c, name="time_in")(ops.timestep_embedding(timesteps, 256).astype(c.dtype))
         if guidance is not None:
@@ -247,7 +253,8 @@ class Flux(nn.Module):
         txt = _linear(c, c.hidden_size, (None, "embed"), "txt_in")(txt.astype(c.dtype))
         ids_batch = max(txt_ids.shape[0], img_ids.shape[0])
         ids = [jnp.broadcast_to(x, (ids_batch, *x.shape[1:])) for x in (txt_ids, img_ids)]
-        shared = Shared(vec, ops.rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta), region)
+        rope = ops.rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta)
+        shared = Shared(vec, rope, region, words, None if words is None else ops.smoothing_matrix(jnp.asarray(img_ids)))
 
         per_block = (nn.broadcast, 0)
         blocks = scanned(DoubleBlock, c.depth, remat=c.remat, in_axes=per_block)
@@ -296,15 +303,20 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, text_rows: int) -> jax.Array:
     """Joint attention with RoPE, plus the reference term (docs/method.md, "Injection"), whose keys stand at position 0."""
-    rotated = ops.apply_rope(q, shared.rope)
-    attn = ops.attention(rotated, ops.apply_rope(k, shared.rope), v, kernel=c.attention)
+    rotated, keys = ops.apply_rope(q, shared.rope), ops.apply_rope(k, shared.rope)
+    attn = ops.attention(rotated, keys, v, kernel=c.attention)
     if prompt is None:
         return attn
     b, n = q.shape[:2]
+    region = shared.region
+    if shared.words is not None and shared.smoothing is not None:
+        region = ops.auto_region(
+            rotated[:, text_rows:], keys[:, :text_rows], shared.words, shared.smoothing, c.region_sharpness, c.attention
+        )
     gain = jnp.concatenate(
         [
             ops.row_gain(prompt.text_gain, None, b, text_rows),
-            ops.row_gain(prompt.image_gain, shared.region, b, n - text_rows),
+            ops.row_gain(prompt.image_gain, region, b, n - text_rows),
         ],
         axis=1,
     )
@@ -312,10 +324,10 @@ def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, 
     return attn + ops.reference_attention(query, prompt.kv, gain, c.reference_merge)
 
 
-def _split_prompt(c: FluxConfig, prompt: ImagePrompt | None):
-    """The prompt's shares of the double and of the single blocks (stacked `BlockPrompt`s or None), and its regions."""
+def _split_prompt(c: FluxConfig, prompt: ImagePrompt | None, text_rows: int):
+    """The prompt's shares of the double and of the single blocks (stacked `BlockPrompt`s or None), its regions, its words."""
     if prompt is None:
-        return None, None, None
+        return None, None, None, None
     for kind, kv, depth in (("double", prompt.double, c.depth), ("single", prompt.single, c.depth_single_blocks)):
         if kv is not None and (kv.k.shape[0], *kv.k.shape[-2:]) != (depth, c.num_heads, c.head_dim):
             raise ValueError(
@@ -329,4 +341,13 @@ def _split_prompt(c: FluxConfig, prompt: ImagePrompt | None):
     single = None
     if prompt.single is not None:
         single = BlockPrompt(prompt.single, prompt.image_gain[c.depth :], prompt.text_gain[c.depth :])
-    return double, single, prompt.region
+    words = prompt.words
+    if words is not None:
+        if prompt.region is not None:
+            raise ValueError("image prompt: has both regions and words; expected one of them at most")
+        if words.shape[-2:] != (prompt.image_gain.shape[-1], text_rows):
+            expected = (prompt.image_gain.shape[-1], text_rows)
+            raise ValueError(f"image prompt: words for subjects, text rows {words.shape[-2:]}; expected {expected}")
+        if words.shape[-2] == 1:
+            words = None  # one subject has every row to itself
+    return double, single, prompt.region, words

@@ -1,5 +1,7 @@
 """What an image prompt may and may not change in the transformer."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,13 +36,23 @@ def image_prompt(image_gain=1.0, text_gain=0.0, blocks="all", batch=B, **changes
     )._replace(**changes)
 
 
+class Model(NamedTuple):
+    """Called with an image prompt: its output for the same inputs."""
+
+    params: Any
+    inputs: dict[str, Any]
+    forward: Any
+
+    def __call__(self, prompt=None, **changes):
+        return np.asarray(self.forward(self.params, **(self.inputs | changes), image_prompt=prompt))
+
+
 @pytest.fixture(scope="module")
 def model():
     inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(CONFIG, B, I, T).items())}
     inputs |= dict(img_ids=ops.image_ids(8, 8), txt_ids=jnp.zeros((1, T, 3)), timesteps=jnp.array([0.3, 0.8]))
     params = Flux(CONFIG).init(jax.random.key(0), **inputs)
-    forward = jax.jit(Flux(CONFIG).apply)
-    return lambda prompt=None, **changes: np.asarray(forward(params, **(inputs | changes), image_prompt=prompt))
+    return Model(params, inputs, jax.jit(Flux(CONFIG).apply))
 
 
 @pytest.mark.parametrize("blocks", ["double", "all"])
@@ -185,3 +197,110 @@ def test_gradients_reach_the_bank_through_scan_and_remat(remat):
     for g in jax.tree.leaves((grads.double, grads.single)):
         assert bool(jnp.isfinite(g).all())
         assert float(jnp.abs(g).reshape(len(g), -1).max(axis=1).min()) > 0  # in every block
+
+
+def words(*rows):
+    """`[1, s, T]`: subject s has text row `rows[s]` to itself."""
+    return jax.nn.one_hot(jnp.array(rows), T)[None]
+
+
+def test_auto_region_is_its_definition():
+    q, k = (normal(i, B, n, CONFIG.num_heads, CONFIG.head_dim) for i, n in enumerate((I, T)))
+    own = jax.nn.softmax(normal(2, 1, S, T), axis=-1)
+    smoothing = ops.smoothing_matrix(jnp.asarray(ops.image_ids(8, 8)), sigma=0.8)
+    found = ops.auto_region(q, k, own, smoothing, 1.5)
+
+    grid = [(r, c) for r in range(4) for c in range(4)]
+    near = np.array([[np.exp(-((a - x) ** 2 + (b - y) ** 2) / (2 * 0.8**2)) for x, y in grid] for a, b in grid])
+    near /= near.sum(axis=1, keepdims=True)
+    expected = np.zeros((B, S, I))
+    for b in range(B):
+        score = np.zeros((I, S))
+        for h in range(CONFIG.num_heads):
+            w = np.exp(np.asarray(q)[b, :, h] @ np.asarray(k)[b, :, h].T / np.sqrt(CONFIG.head_dim))
+            score += w / w.sum(axis=1, keepdims=True) @ np.asarray(own)[0].T / CONFIG.num_heads
+        power = (near @ score).T ** 1.5
+        expected[b] = power / power.sum(axis=0)
+    np.testing.assert_allclose(smoothing[0], near, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_auto_region_follows_the_words():
+    """Left image columns attend to text row 2, right ones to row 5."""
+    left = (jnp.arange(I) % 4 < 2)[:, None]
+    a, b = jnp.eye(CONFIG.head_dim)[:2] * 12
+    q = jnp.broadcast_to(jnp.where(left, a, b)[None, :, None], (B, I, CONFIG.num_heads, CONFIG.head_dim))
+    k = jnp.zeros((B, T, CONFIG.num_heads, CONFIG.head_dim)).at[:, 2].set(a).at[:, 5].set(b)
+    smoothing = ops.smoothing_matrix(jnp.asarray(ops.image_ids(8, 8)))
+
+    def share(own):
+        return np.asarray(ops.auto_region(q, k, own, smoothing, 2.0))[0].reshape(-1, 4, 4)
+
+    first, second = share(words(2, 5))
+    np.testing.assert_allclose(first + second, 1, atol=1e-6)
+    assert first[:, :2].min() > 0.7 and second[:, 2:].min() > 0.7
+    assert (first[:, 0] > first[:, 1]).all()  # smoothed: surer away from the border
+    np.testing.assert_allclose(share(words(5, 2)), np.stack([second, first]), atol=1e-6)
+    np.testing.assert_allclose(share(words(2, 2)), 0.5, atol=1e-6)
+    np.testing.assert_array_equal(share(words(2)), 1)
+    no_words = 0 * words(2, 5)  # scores of 0: shared evenly, not NaN
+    np.testing.assert_allclose(share(no_words), 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_blocks_find_the_regions_from_their_own_queries_and_keys(model, kind, monkeypatch):
+    """With words for it, each block's region is the one it would be given; without words nothing of it is computed."""
+    prompt, own = image_prompt(), words(1, 6)
+    other = slice(CONFIG.depth) if kind == "single" else slice(CONFIG.depth, None)
+    silent = prompt._replace(image_gain=prompt.image_gain.at[other].set(0))
+    found, plain = model(silent._replace(words=own)), model(silent)
+    assert np.abs(found - plain).max() > 1e-3
+    np.testing.assert_allclose(found, model(silent._replace(words=jnp.repeat(own, B, axis=0))), atol=1e-6)
+    assert np.abs(found - model(silent._replace(words=own[:, ::-1]))).max() > 1e-3
+    monkeypatch.setattr(ops, "auto_region", lambda q, k, own, *_: jnp.ones((B, S, I)) / 4)
+    given = silent._replace(region=jnp.ones((1, S, I)) / 4)
+    run = lambda p: Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p)  # noqa: E731
+    np.testing.assert_allclose(run(silent._replace(words=own)), run(given), atol=1e-6)
+
+
+def test_a_block_reads_image_queries_and_text_keys_after_rope():
+    q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
+    rope, bank = ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), KV(*(x[0] for x in kv(1)))
+    prompt, smoothing = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S))), ops.smoothing_matrix(ops.image_ids(8, 8))
+    config = FluxConfig.tiny(region_sharpness=3.0)
+    found = flux._attend(config, q, k, v, Shared(q[:, 0, 0], rope, None, words(1, 6), smoothing), prompt, T)
+    rotated, keys = (ops.apply_rope(x, rope) for x in (q, k))
+    region = ops.auto_region(rotated[:, T:], keys[:, :T], words(1, 6), smoothing, 3.0)
+    given = flux._attend(config, q, k, v, Shared(q[:, 0, 0], rope, region), prompt, T)
+    np.testing.assert_allclose(found, given, atol=1e-6)
+
+
+def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a region was computed")
+
+    monkeypatch.setattr(ops, "auto_region", refuse)
+    monkeypatch.setattr(ops, "smoothing_matrix", refuse)
+    one = jax.tree.map(lambda x: x[:, :, :1], image_prompt())
+    run = lambda p: np.asarray(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p))  # noqa: E731
+    np.testing.assert_array_equal(run(one._replace(words=words(3))), run(one))
+    run(image_prompt())
+    with pytest.raises(AssertionError, match="was computed"):
+        run(image_prompt(words=words(3, 4)))
+
+
+def test_auto_regions_under_remat_are_the_same(model):
+    prompt, config = image_prompt(words=words(1, 6)), FluxConfig.tiny(remat="full")
+    loss = lambda p: jnp.sum(Flux(config).apply(model.params, **model.inputs, image_prompt=p) ** 2)  # noqa: E731
+    value, grads = jax.value_and_grad(loss)(prompt)
+    np.testing.assert_allclose(value, np.sum(model(prompt) ** 2), rtol=1e-5)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+def test_words_that_do_not_fit_are_refused(model):
+    with pytest.raises(ValueError, match="both regions and words"):
+        model(image_prompt(words=words(1, 6), region=jnp.ones((1, S, I)) / 2))
+    with pytest.raises(ValueError, match=r"words for subjects, text rows \(1, 8\); expected \(2, 8\)"):
+        model(image_prompt(words=words(1)))
+    with pytest.raises(ValueError, match=r"\(2, 5\); expected \(2, 8\)"):
+        model(image_prompt(words=words(1, 2)[..., :5]))
