@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dynaip_jax.errors import Parser, UserError, run_cli
 from dynaip_jax.version import __version__
@@ -19,6 +20,9 @@ EXAMPLES = """examples:
   dynaip sample --model bundles/flux-dev --adapter adapters/dynaip --prompt "a dog and a teapot in a garden" \\
       --reference dog.jpg --reference teapot.jpg --mask left.png --mask right.png --output two.png
       two subjects, each where its mask is white
+  dynaip sample --model bundles/flux-dev --adapter adapters/dynaip --prompt "a dog and a teapot in a garden" \\
+      --subject dog.jpg=dog --subject teapot.jpg=teapot --output two.png
+      two subjects, each where the picture attends to its words of the prompt
   dynaip sample ... --granularity 0 0 1         high-level look only; LOW MID HIGH replace the router's weights
   dynaip sample ... --text-gain 0.3             let some pose and light of the reference through (0 = DDS, the default)
 """
@@ -73,7 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     ref = p.add_argument_group("reference pictures")
     ref.add_argument(
-        "--reference", type=Path, action="append", default=[], metavar="IMG", help="a subject; repeat for more"
+        "--reference", type=_reference, action="append", default=[], metavar="IMG", help="a subject; repeat for more"
+    )
+    ref.add_argument(
+        "--subject",
+        type=_subject,
+        action="append",
+        dest="reference",
+        metavar="IMG=WORDS",
+        help="a subject and the words of the prompt that name it: it appears where the picture attends to them; repeat for more",
+    )
+    ref.add_argument(
+        "--regions",
+        choices=("auto", "none"),
+        help="where each subject may appear: from its words, or everywhere (default: auto with --subject; masks win)",
     )
     ref.add_argument(
         "--mask",
@@ -81,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="IMG",
-        help="white where that subject may appear in the output; none, or one a reference, in the same order",
+        help="white where that subject may appear in the output; none, or one a subject, in the same order; wins over words",
     )
     ref.add_argument(
         "--fit", choices=("pad", "crop"), help="how a reference that is not square becomes so (default pad)"
@@ -136,6 +153,7 @@ def sample(args: argparse.Namespace) -> int:
             "seed",
             "num_images",
             "fit",
+            "regions",
             "image_scale",
             "text_gain",
             "granularity",
@@ -146,7 +164,17 @@ def sample(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     if not args.reference:
-        for name in ("mask", "fit", "image_scale", "text_gain", "granularity", "merge", "image_start", "image_end"):
+        for name in (
+            "mask",
+            "regions",
+            "fit",
+            "image_scale",
+            "text_gain",
+            "granularity",
+            "merge",
+            "image_start",
+            "image_end",
+        ):
             if getattr(args, name) not in (None, []):
                 raise UserError(
                     f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG"
@@ -163,7 +191,9 @@ def sample(args: argparse.Namespace) -> int:
         outputs += [args.output.with_name(f"{args.output.stem}_{k}.png") for k in range(count)]
     for path in outputs:
         images.check_png_path(path, overwrite=args.overwrite)
-    references = [images.load_image(r) for r in args.reference]
+    references = [images.load_image(r.picture) for r in args.reference]
+    if any(r.words for r in args.reference):
+        options["words"] = [r.words for r in args.reference]
 
     import warnings
 
@@ -187,13 +217,13 @@ def sample(args: argparse.Namespace) -> int:
         model=str(model),
         base=pipe.bundle.fingerprint,
         adapter=None if adapter is None else str(adapter),
-        reference=[str(r) for r in args.reference],
+        reference=[str(r.picture) for r in args.reference],
         mask=[str(m) for m in args.mask],
         noise=None if args.noise is None else str(args.noise),
     )
     if result.routing is not None:
-        for name, (low, mid, high) in zip(args.reference, result.routing, strict=True):
-            print(f"{name}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)
+        for subject, (low, mid, high) in zip(args.reference, result.routing, strict=True):
+            print(f"{subject.picture}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)
     seeds: list[int | None] = list(result.seeds) if result.seeds else [None] * len(result.images)
     singles = outputs[1:] if count > 1 else outputs
     for image, path, seed in zip(result.images, singles, seeds, strict=True):
@@ -216,6 +246,24 @@ def demo(args: argparse.Namespace) -> int:
     figure.draw(args.reference, args.output, overwrite=args.overwrite)
     print(args.output)
     return 0
+
+
+class Subject(NamedTuple):
+    """A reference and the words of the prompt that name it, "" for none."""
+
+    picture: Path
+    words: str
+
+
+def _reference(given: str) -> Subject:
+    return Subject(Path(given), "")
+
+
+def _subject(given: str) -> Subject:
+    picture, _, words = given.rpartition("=")
+    if not picture or not words.strip():
+        raise UserError(f"--subject {given}: expected IMG=WORDS, such as {given.rstrip('=')}='red star'; add the words")
+    return Subject(Path(picture), words)
 
 
 def _load_noise(path: Path):

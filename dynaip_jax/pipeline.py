@@ -109,6 +109,8 @@ class DynaIPPipeline:
         references: Sequence[Picture] = (),
         *,
         masks: Sequence[str | Path | np.ndarray] = (),
+        words: Sequence[str] = (),
+        regions: Literal["auto", "none"] | None = None,
         negative_prompt: str | None = None,
         true_cfg: float | None = None,
         seed: int | None = None,
@@ -130,6 +132,9 @@ class DynaIPPipeline:
         """Makes pictures. Every option left at None takes the bundle's default.
 
         - `references`: one picture a subject; `masks`: none, or one a reference, white where that subject may appear in the output;
+        - `words`: none, or one a reference: the words of the prompt that name that subject ("" where there are none);
+        - `regions`: "auto" finds where each subject belongs from the attention to its words, "none" lets all act everywhere;
+          None = auto if there are words. Masks win over both;
         - `seed`: image k of `num_images` uses seed + k, so that each can be made again alone; or `noise` `[b, c, h, w]`, initial latents;
         - `guidance`: scale embedded by a guidance-distilled base; `true_cfg`: scale against `negative_prompt`, two passes a step;
         - `height`, `width`: pixels, multiples of 16;
@@ -142,9 +147,10 @@ class DynaIPPipeline:
 
         Raises `UserError` for options that do not fit the model or each other, and for non-finite results.
         """
-        references, masks = list(references), list(masks)
+        references, masks, words = list(references), list(masks), list(words)
         self._check_image_options(references, masks, image_scale, text_gain, granularity, image_start, image_end)
         transformer = self.configs["transformer"]
+        region_mode = _check_regions(references, masks, words, regions)
         if merge not in (None, *MERGES):
             raise UserError(f"--merge {merge}: expected sum or concat")
         if merge is not None:
@@ -179,8 +185,14 @@ class DynaIPPipeline:
             region = None
             if masks:
                 region = images.regions([_mask(m, height, width) for m in masks], multiple)[None]
+            rows = self.tokenizers.t5_words(prompt, [w for w in words if w])  # checked even where they are not used
             image_prompt, weights = self.image_prompt(
-                pixels[None], image_gain=image_scale, text_gain=text_gain, granularity=granularity, region=region
+                pixels[None],
+                image_gain=image_scale,
+                text_gain=text_gain,
+                granularity=granularity,
+                region=region,
+                words=rows[None] if region_mode == "auto" and not masks else None,
             )
             routing = np.asarray(weights[0]).reshape(len(references), -1, 3).mean(axis=1)
 
@@ -212,6 +224,8 @@ class DynaIPPipeline:
                 text_gain=text_gain,
                 granularity=granularity,
                 merge=transformer.reference_merge,
+                words=words,
+                regions="masks" if masks else region_mode,
                 image_start=image_start,
                 image_end=image_end,
                 fit=fit,
@@ -407,6 +421,23 @@ def _check_widths(bundle: Bundle, configs: dict) -> None:
             raise UserError(
                 f"{bundle.path}: {what} is {found}, the transformer takes {needed}; convert parts that belong together"
             )
+
+
+def _check_regions(references, masks, words: list[str], regions: str | None) -> str:
+    """ "auto" or "none", as asked for or by default."""
+    if regions not in (None, "auto", "none"):
+        raise UserError(f"--regions {regions}: expected auto or none")
+    if words and len(words) != len(references):
+        raise UserError(
+            f"--subject: words for {len(words)} subjects and {len(references)} references; give one a reference, or none"
+        )
+    regions = regions or ("auto" if any(words) else "none")
+    if regions == "auto" and references and not masks and not (words and all(words)):
+        raise UserError(
+            f"--regions auto: {sum(map(bool, words))} of {len(references)} references have words of the prompt; give each its "
+            "own with --subject IMG=WORDS, or pass --mask or --regions none"
+        )
+    return regions
 
 
 def _true_cfg(negative_prompt: str | None, scale: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,51 @@ class Tokenizers:
         return np.asarray(
             tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"], np.int32
         )
+
+    def t5_words(self, prompt: str, phrases: Sequence[str]) -> np.ndarray:
+        """Where each phrase stands among T5's tokens of `prompt`: weights float32 `[s, t5_length]`, even over its own tokens.
+
+        A phrase is found as whole words, in any case and spacing. Each gets a place of its own, the longest first: the same
+        words given twice take their first and their second occurrence. Raises `UserError` for a phrase that is not in the
+        prompt, not often enough, or beyond what T5 takes.
+        """
+        tokenizer, length = self._tokenizers["T5"]
+        if not tokenizer.is_fast:
+            raise UserError(
+                "--subject: the model's T5 tokenizer does not say where its tokens stand; expected one with tokenizer.json; "
+                "convert the model again with it, or pass --mask"
+            )
+        options = dict(padding="max_length", max_length=length, truncation=True)
+        seen, whole = (
+            tokenizer(prompt, return_offsets_mapping=True, **kw)["offset_mapping"] for kw in (options, dict())
+        )
+
+        def rows(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+            shared = [prompt[max(a, start) : min(b, end)] for a, b in offsets]
+            return [n for n, text in enumerate(shared) if text.strip()]
+
+        weights = np.zeros((len(phrases), length), np.float32)
+        taken: list[tuple[int, int]] = []
+        for s in sorted(range(len(phrases)), key=lambda s: -len(phrases[s])):
+            pattern = r"\s+".join(map(re.escape, phrases[s].split()))
+            places = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE) if pattern]
+            free = [(a, b) for a, b in places if all(b <= start or end <= a for start, end in taken)]
+            option = f"--subject: its words {phrases[s]!r}"
+            if not places:
+                raise UserError(f"{option} are not in the prompt; expected words that stand in it; change either")
+            if not free:
+                raise UserError(
+                    f"{option} stand in the prompt {len(places)} time(s), all taken by other subjects; expected a place for "
+                    "each; name them all in the prompt, or choose other words"
+                )
+            taken.append(free[0])
+            own = rows(seen, *free[0])
+            if len(own) < len(rows(whole, *free[0])):
+                raise UserError(
+                    f"{option} lie beyond the {length} tokens that T5 takes; shorten the prompt before them"
+                )
+            weights[s, own] = 1 / len(own)
+        return weights
 
     def cut(self, text: str) -> dict[str, str]:
         """Encoder name -> the end of `text` that does not fit into it; empty if all of it fits."""

@@ -43,6 +43,18 @@ def test_several_images_have_settings_and_a_grid(dynaip, tiny, photograph, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cup.png", "cup_0.png", "cup_1.png", "cup_2.png"]
 
 
+def test_subjects_have_their_words_in_the_settings(dynaip, tiny, photograph, tmp_path):
+    named = shutil.copy(photograph, tmp_path / "a=b.jpg")
+    status, _, stderr = dynaip(
+        "sample", "--model", tiny[0], "--adapter", tiny[1], "--prompt", "A cup and a red star", "--subject", f"{photograph}=cup",
+        "--subject", f"{named}=Red Star", "--output", tmp_path / "o.png", *SMALL,
+    )  # fmt: skip
+    assert status == 0, stderr
+    settings = read_settings(tmp_path / "o.png")
+    assert settings["words"] == ["cup", "Red Star"] and settings["regions"] == "auto"
+    assert settings["reference"] == [str(photograph), str(named)]
+
+
 def test_embedded_default_and_noise(dynaip, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path(tiny[0]).parents[2]))
     np.save(tmp_path / "n.npy", np.zeros((1, 16, 4, 4), np.float32))
@@ -136,6 +148,16 @@ CASES = {
     "zero gain without reference": ("--text-gain 0", "--text-gain: needs a reference"),
     "merge without reference": ("--merge sum", "--merge: needs a reference"),
     "merge": ("--reference {good} --merge mean", "--merge.*mean.*sum"),
+    "regions without reference": ("--regions none", "--regions: needs a reference"),
+    "regions": ("--reference {good} --regions all", "--regions.*all.*auto"),
+    "regions without words": ("--reference {good} --regions auto", "--regions auto: 0 of 1 references.*--subject IMG=WORDS"),
+    "words for some": ("--reference {good} --subject {good}=cup", "--regions auto: 1 of 2 references"),
+    "subject without words": ("--subject {good}=", "--subject .*coffee.jpg=: expected IMG=WORDS"),
+    "subject without picture": ("--subject cup", "--subject cup: expected IMG=WORDS"),
+    "subject's picture": ("--subject {missing.png}=cup", "missing.png: no such file"),
+    "words not in the prompt": ("--reference {good} --regions none --subject {good}=tea", "its words 'tea' are not in the prompt"),
+    "words in another word": ("--subject {good}=cu", "its words 'cu' are not in the prompt"),
+    "the same words twice": ("--subject {good}=cup --subject {good}=CUP", "'CUP' stand in the prompt 1 time"),
     "height": ("--height 40", "--height 40.*multiple of 16"),
     "width": ("--width -16", "--width -16.*positive multiple of 16"),
     "no steps": ("--steps 0", "--steps 0"),
@@ -187,7 +209,11 @@ def test_bad_input_gets_one_line_and_leaves_nothing(dynaip, broken, tiny, photog
     for name, (words, expected) in CASES.items():
         options = [_fill(w, broken, photograph) for w in words.split()]
         given = ["--model", tiny[0], "--prompt", "a cup", "--output", out / "o.png", *SMALL]
-        if "--reference" in options and "--adapter" not in options and name != "reference without adapter":
+        if (
+            {"--reference", "--subject"} & set(options)
+            and "--adapter" not in options
+            and name != "reference without adapter"
+        ):
             given += ["--adapter", tiny[1]]
         status, stdout, stderr = dynaip("sample", *given, *options)
         lines = stderr.strip().splitlines()

@@ -106,6 +106,44 @@ def test_every_reference_option_acts(pipe):
             assert (x != y).any()
 
 
+def test_words_decide_where_subjects_go(pipe):
+    """Auto regions are neither none nor those of other words, in a plain pass and in one with a negative prompt."""
+    photos, names = photographs(), ["cat", "a dog"]
+
+    def drawn(*references, **options):
+        result = pipe("A cat and a dog", references, **(SIZE | options))
+        return np.asarray(result.images[0]), result.settings
+
+    auto, settings = drawn(*photos, words=names)
+    assert settings["regions"] == "auto" and settings["words"] == names
+    none, settings = drawn(*photos, words=names, regions="none")
+    assert settings["regions"] == "none"
+    np.testing.assert_array_equal(none, drawn(*photos)[0])
+    np.testing.assert_array_equal(drawn(*photos, words=names, regions="auto")[0], auto)
+    others = [none, drawn(*photos, words=names[::-1])[0], drawn(*photos, words=names, negative_prompt="a bird")[0]]
+    others.append(drawn(*photos, negative_prompt="a bird")[0])
+    for i, x in enumerate([auto, *others]):
+        assert all((x != y).any() for y in others[i:])
+    np.testing.assert_array_equal(drawn(photos[0], words=["cat"])[0], drawn(photos[0])[0])
+    mask = np.ones((32, 48), np.float32)
+    masked, settings = drawn(*photos, masks=[mask, mask], words=["cat", ""], regions="auto")
+    assert settings["regions"] == "masks"
+    np.testing.assert_array_equal(masked, drawn(*photos, masks=[mask, mask])[0])
+
+
+def test_words_and_regions_that_do_not_fit(pipe):
+    photos = photographs()
+    for options, message in (
+        (dict(words=["cat"]), "--subject: words for 1 subjects and 2 references"),
+        (dict(words=["cat", ""]), "--regions auto: 1 of 2 references have words.*--subject IMG=WORDS"),
+        (dict(regions="auto"), "--regions auto: 0 of 2 references"),
+        (dict(regions="all"), "--regions all: expected auto or none"),
+        (dict(words=["cat", "cat"]), "'cat' stand in the prompt 1 time"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw(pipe, *photos, **options)
+
+
 def test_start_and_end_count_steps(pipe, plain):
     """Of 3 steps, [0.34, 0.6) holds none but [0.3, 0.4) holds the second."""
     a = photographs()[0]
