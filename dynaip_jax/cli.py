@@ -27,6 +27,13 @@ EXAMPLES = """examples:
   dynaip sample ... --text-gain 0.3             let some pose and light of the reference through (0 = DDS, the default)
 """
 
+EVALUATE_EXAMPLES = """examples:
+  dynaip evaluate shapeland --rows default dds-off text-only --subjects 1
+      what Dynamic Decoupling changes, and what the base does without references
+  dynaip evaluate shapeland --adapter adapters/mine --num 64 --json > mine.json
+      all rows of an adapter of your own, on a quarter of the cases
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
@@ -136,6 +143,29 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=Path("demo.png"), metavar="OUT.png", help="default: demo.png")
     p.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     p.set_defaults(run=demo)
+
+    p = commands.add_parser(
+        "evaluate", help="measure how well subjects and prompts are kept", description="Measures an adapter."
+    )
+    worlds = p.add_subparsers(dest="world", required=True, metavar="WORLD")
+    p = worlds.add_parser(
+        "shapeland",
+        help="drawn scenes of which everything is known",
+        epilog=EVALUATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="CP (is it the same subject?), PF (is it what the prompt says?) and CP·PF on identities and scenes that\n"
+        "nobody was trained on, for the default settings and their alternatives, with 95 % intervals.",
+    )
+    p.add_argument("--model", type=Path, metavar="BUNDLE", help="a base model of Shapeland (default: the embedded one)")
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter for it (default: the embedded one)")
+    p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the table")
+    p.add_argument(
+        "--subjects", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="S", help="default: 1 2 3"
+    )
+    p.add_argument("--num", type=int, default=256, metavar="N", help="cases a row (default 256)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise (default 0)")
+    p.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    p.set_defaults(run=evaluate)
     return parser
 
 
@@ -245,6 +275,48 @@ def demo(args: argparse.Namespace) -> int:
 
     figure.draw(args.reference, args.output, overwrite=args.overwrite)
     print(args.output)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`dynaip evaluate shapeland`."""
+    if args.num < 1:
+        raise UserError(f"--num {args.num}: expected at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: expected a number from 0 to {2**32 - 1}")
+
+    from dynaip_jax import default
+    from dynaip_jax.eval import shapeland
+    from dynaip_jax.eval.judge import load_judge
+    from dynaip_jax.pipeline import DynaIPPipeline
+
+    model, adapter, stored = args.model, args.adapter, []
+    if model is None:
+        model, embedded = default.paths()
+        stored = [] if adapter else shapeland.retrained()
+        adapter = adapter or embedded
+    names = args.rows
+    if names is not None:
+        stored = [row for row in stored if row["name"] in names]
+        names = [name for name in names if name not in {row["name"] for row in stored}]
+    pipe = DynaIPPipeline.load(model, adapter)
+    subjects = sorted(set(args.subjects))
+    shapeland.check(pipe, names, subjects)
+    judge = load_judge(default.JUDGE)
+    calibrations = {s: shapeland.calibrate(judge, s) for s in subjects}
+    rows = shapeland.evaluate(
+        pipe, judge, names, subjects, args.seed, args.num, progress=sys.stderr.isatty(), calibrations=calibrations
+    )
+    rows += [row for row in stored if row["subjects"] in subjects]
+    for doubt in shapeland.doubts(calibrations):
+        print(f"warning: {doubt}", file=sys.stderr)
+    if args.json:
+        import json
+
+        known = {s: calibration._asdict() for s, calibration in calibrations.items()}
+        print(json.dumps(dict(rows=rows, seed=args.seed, num=args.num, model=str(model), judge=known), indent=1))
+        return 0
+    print(f"The judge on true renders:\n\n{shapeland.judge_table(calibrations)}\n\n{shapeland.table(rows)}")
     return 0
 
 
