@@ -75,10 +75,13 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """The tree of shardings of an abstract tree whose leaves are boxed with logical names; plain leaves are replicated."""
+    """The tree of shardings of an abstract tree whose leaves are boxed with logical names; plain leaves are replicated, and
+    boxes that an optimizer left empty stay so."""
 
-    def one(leaf: Any) -> NamedSharding:
+    def one(leaf: Any) -> Any:
         if isinstance(leaf, nn.LogicallyPartitioned):
+            if not jax.tree.leaves(leaf.value):
+                return leaf.value
             return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 

@@ -36,9 +36,12 @@ class AdapterChoices:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warmup, then a cosine down to `final` x `rate` at step `decay_steps`."""
+    """AdamW with linear warmup, then a cosine down to `final` x `rate` at step `decay_steps`. "muon" (Jordan et al., 2024) moves
+    the matrices of blocks, experts and banks along orthogonalised momentum at `muon_rate`, the rest as AdamW does."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     rate: float = 1e-4
+    muon_rate: float = 0.02
     warmup: int = 1000  # steps
     decay_steps: int = 100_000  # of the schedule; apart from --steps, so that a run can be made longer
     final: float = 0.1

@@ -108,7 +108,8 @@ def _run(
         if features is None or not (config.fixed_batch and config.fixed_noise):
             features = features_fn(models.recipe, models.frozen, batch, jnp.int32(step))
         state, values = step_fn(models.recipe, state, base, features)
-        if step == start:  # what tracing left behind stays: going through it again would hold up a later step, or a save
+        if step == start:
+            # What tracing left behind stays: going through it again would hold up a later step, or a save.
             gc.collect()
             gc.freeze()
         done = step + 1

@@ -139,8 +139,20 @@ def fresh_params(config: TrainConfig, recipe: Recipe, *, boxed: bool = False) ->
     if recipe.adapter is not None:
         params["adapter"] = init_adapter_params(recipe.adapter, adapter_key, boxed=boxed)
     if config.trainable != "adapter":
-        params["transformer"] = init_params("transformer", recipe.config("transformer"), base_key, boxed=boxed)
+        params["transformer"] = _gates_closed(
+            init_params("transformer", recipe.config("transformer"), base_key, boxed=boxed)
+        )
     return params
+
+
+def _gates_closed(params: Any) -> Any:
+    """A fresh transformer whose blocks do nothing yet and whose velocity is 0: adaLN-Zero, Peebles & Xie, arXiv 2212.09748."""
+
+    def start(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return jnp.zeros_like(x) if "mod" in name or "final_linear" in name else x
+
+    return jax.tree_util.tree_map_with_path(start, params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,6 +5,7 @@ Gradients are taken of the trained tree alone; frozen weights are a plain argume
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,13 +78,43 @@ class Recipe:
 
 
 def optimizer(c: OptimConfig) -> optax.GradientTransformation:
-    """Clipping, AdamW, warmup and cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, c.rate, c.warmup, max(c.decay_steps, c.warmup + 1), c.rate * c.final)
+    """Clipping, AdamW or Muon, warmup and cosine."""
+
+    def schedule(rate: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, rate, c.warmup, max(c.decay_steps, c.warmup + 1), rate * c.final)
+
     decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    return optax.chain(
-        optax.clip_by_global_norm(c.clip),
-        optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decayed),
-    )
+    if c.kind == "adamw":
+        inner = optax.adamw(schedule(c.rate), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decayed)
+    else:
+        inner = optax.contrib.muon(
+            schedule(c.muon_rate), adam_learning_rate=schedule(c.rate), adam_b1=c.b1, adam_b2=c.b2,
+            weight_decay=c.weight_decay, adam_weight_decay=c.weight_decay, weight_decay_mask=decayed,
+            muon_weight_dimension_numbers=_matrices,
+        )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(c.clip), inner)
+
+
+MATRICES = (  # parameter name -> axes that go in and axes that come out; the others count matrices. The first match wins.
+    (r"blocks.*(attn_proj|attn_out).*kernel", (1, 2), (3,)),
+    (r"blocks.*(qkv|mod).*kernel", (1,), (3, 4)),
+    (r"blocks.*kernel", (1,), (2,)),
+    (r"'(double|single)'.*'(key|value)'", (1,), (2, 3)),
+    (r"expert_.*kernel", (0,), (1,)),
+)
+
+
+def _matrices(params: Any) -> Any:
+    """For each parameter what `MATRICES` says of it, None if nothing."""
+
+    def axes(path: Any, x: jax.Array) -> Any:
+        name = jax.tree_util.keystr(path)
+        for pattern, into, out in MATRICES:
+            if re.search(pattern, name):
+                return optax.contrib.MuonDimensionNumbers(into, tuple(axis for axis in out if axis < x.ndim))
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def init_state(optim: OptimConfig, params: dict[str, Any]) -> TrainState:
