@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from dynaip_jax import default
 from dynaip_jax.bundle import NewComponent, replacing, write_bundle
 from dynaip_jax.data import images, synthetic
 from dynaip_jax.data.sources import DataConfig
 from dynaip_jax.data.store import write_dataset
 from dynaip_jax.errors import Parser, run_cli
-from dynaip_jax.eval.judge import Judge, init_judge
+from dynaip_jax.eval import shapeland
+from dynaip_jax.eval.judge import Judge, init_judge, load_judge
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.registry import COMPONENTS, config_to_dict, init_params
 from dynaip_jax.models.t5 import T5Config
 from dynaip_jax.models.vae import VAEConfig
+from dynaip_jax.pipeline import DynaIPPipeline
 from dynaip_jax.text import Tokenizers
 from train.cache import cache
 from train.checkpoint import Checkpoints
@@ -70,26 +75,27 @@ DATA = DataConfig(resolution=64, aspects=("1:1",), clip_size=64, crop_reference=
 BASE = TrainConfig(
     data=DATA,
     adapter=AdapterChoices(levels=LEVELS, expert_width=256),
-    optim=OptimConfig(rate=1.5e-3, warmup=200, decay_steps=4000, final=0.02, ema=0.998),
+    optim=OptimConfig(kind="muon", rate=1.5e-3, warmup=100, decay_steps=1500, final=0.02, ema=0.997),
     trainable="base",
     fresh_base=True,
-    steps=4000,
+    steps=1500,
     batch=64,
     dtype="float32",
     remat="none",
-    log_every=50,
-    save_every=500,
+    log_every=25,
+    save_every=250,
     keep=1,
 )
 ADAPTER = dataclasses.replace(
     BASE,
-    optim=OptimConfig(rate=2e-3, warmup=100, decay_steps=3500, final=0.02, ema=0.998),
+    optim=dataclasses.replace(BASE.optim, decay_steps=900),
     trainable="adapter",
     fresh_base=False,
-    steps=3500,
+    steps=900,
 )
 SCENES, PAIRS = 24_000, 24_000  # rows of the two datasets
 SHIPPED = "bfloat16"
+DONE, WEIGHTS, MADE = "done.json", "weights.safetensors", "made.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="everything goes there")
     parser.add_argument(
-        "--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"only these: {', '.join(STAGES)}"
+        "--stages",
+        nargs="+",
+        choices=[*STAGES, *EXTRA],
+        metavar="STAGE",
+        help=f"only these: {', '.join(STAGES)}; or {', '.join(EXTRA)}, which is not among the usual ones",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of worlds, weights and order (default 0)")
     args = parser.parse_args(argv)
@@ -110,15 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         print(f"stage {name}", file=sys.stderr)
-        STAGES[name](folder, args.seed)
+        (STAGES | EXTRA)[name](folder, args.seed)
         note = dict(
             stage=name, seed=args.seed, seconds=round(time.monotonic() - began), device=jax.devices()[0].device_kind
         )
         (folder / DONE).write_text(json.dumps(note) + "\n")
     return 0
-
-
-DONE = "done.json"
 
 
 # --- a small training loop for what is neither base nor adapter
@@ -228,7 +235,7 @@ def train_vae(folder: Path, seed: int) -> None:
         error = module.apply({"params": params}, jnp.moveaxis(latents, -1, 1), method="decode") - _unit(batch)
         kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
         psnr = -10 * jnp.log10(jnp.mean(error**2) / 4)
-        return jnp.abs(error).mean() + jnp.square(error).mean() + 5e-4 * kl, dict(psnr=psnr, kl=kl)
+        return jnp.abs(error).mean() + jnp.square(error).mean() + KL * kl, dict(psnr=psnr, kl=kl)
 
     def batch_of(step: int, whole: bool):
         rng = np.random.default_rng((seed, step, whole))
@@ -248,8 +255,8 @@ def train_vae(folder: Path, seed: int) -> None:
     _save(folder / WEIGHTS, params)
 
 
-VAE_STEPS = (2600, 500)
-WEIGHTS = "weights.safetensors"
+VAE_STEPS = (2200, 400)
+KL = 0.02  # at this weight the noise of latents costs about 0.02 in [-1, 1] of each pixel, which is not seen
 
 
 def _caption(seed: int, n: int) -> str:
@@ -320,7 +327,7 @@ def train_clip(folder: Path, seed: int) -> None:
     _save(folder / WEIGHTS, {name: params[name] for name in ("clip_vision", "clip_text")})
 
 
-CLIP_STEPS = 1100
+CLIP_STEPS = 800
 
 
 def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -334,22 +341,14 @@ def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]
         subjects = [(kind, identity), *((k, synthetic.sample_identity(rng)) for k in others)]
         scene = synthetic.sample_scene(rng, subjects=subjects, large=not count)
         found.append(
-            (synthetic.render(scene).image, truth(scene) | dict(subject=np.int32(synthetic.CLASSES.index(kind))))
+            (synthetic.render(scene).image, _labels(scene) | dict(subject=np.int32(synthetic.CLASSES.index(kind))))
         )
     empty = synthetic.sample_scene(rng, 0)
-    return [*found, (synthetic.render(empty).image, truth(empty) | dict(subject=np.int32(-1)))]
+    return [*found, (synthetic.render(empty).image, _labels(empty) | dict(subject=np.int32(-1)))]
 
 
-def truth(scene: synthetic.Scene) -> dict[str, np.ndarray]:
-    """What the judge should say of a scene: `position` `[k]` is -1 for classes that are not there."""
-    position = np.full(len(synthetic.CLASSES), -1, np.int32)
-    for s in scene.subjects:
-        position[synthetic.CLASSES.index(s.kind)] = list(synthetic.POSITIONS).index(s.position)
-    return dict(
-        position=position,
-        background=np.int32(synthetic.BACKGROUNDS.index(scene.background)),
-        count=np.int32(len(scene.subjects)),
-    )
+def _labels(scene: synthetic.Scene) -> dict[str, np.ndarray]:
+    return {name: x[0].astype(np.int32) for name, x in shapeland.truth([scene])._asdict().items()}
 
 
 def train_judge(folder: Path, seed: int) -> None:
@@ -379,7 +378,7 @@ def train_judge(folder: Path, seed: int) -> None:
         )
         n = len(x) * 2 // 5  # the batch is n first views, n second views, n / 2 empty scenes
         kinds = label["subject"][:n]
-        first, second = (v.identity[part, kinds] for part in (np.s_[:n], np.s_[n : 2 * n]))
+        first, second = (v.identity[jnp.arange(n) + start, kinds] for start in (0, n))
         logits = jnp.where(kinds[:, None] == kinds[None], first @ second.T * IDENTITY_SCALE, -1e9)
         same = -0.5 * (jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))).mean()
         figures = dict(
@@ -392,8 +391,8 @@ def train_judge(folder: Path, seed: int) -> None:
         return 8 * present + place + ground + count + same, figures
 
     def batch_of(step: int):
-        rows = _order(seed, step, len(pictures), 96)
-        parts = [(rows, 0), (rows, 1), (rows[:48], 2)]
+        rows = _order(seed, step, len(pictures), 64)
+        parts = [(rows, 0), (rows, 1), (rows[:32], 2)]
         pick = lambda x: np.concatenate([x[r, view] for r, view in parts])  # noqa: E731
         return pick(pictures), jax.tree.map(pick, labels)
 
@@ -401,7 +400,7 @@ def train_judge(folder: Path, seed: int) -> None:
     _save(folder / WEIGHTS, params)
 
 
-JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1200, 10.0
+JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1400, 10.0
 
 
 def write_world(folder: Path, seed: int) -> None:
@@ -451,12 +450,14 @@ def train_adapter(folder: Path, seed: int) -> None:
     export(run, folder / "adapter", None, dtype=SHIPPED, overwrite=True)
 
 
-def _trained(config: TrainConfig, folder: Path, seed: int, bundle: Path, dataset: Path) -> Path:
-    """Caches the features of `dataset` in `folder`, trains on them, and returns the run's folder."""
+def _trained(
+    config: TrainConfig, folder: Path, seed: int, bundle: Path, dataset: Path, features: Path | None = None
+) -> Path:
+    """Caches the features of `dataset` (in `folder`, unless `features` says where), trains on them, and returns the run's folder."""
     config = dataclasses.replace(
         config, bundle=str(bundle), seed=seed, data=dataclasses.replace(config.data, path=str(dataset), seed=seed)
     )
-    features = folder / "features"
+    features = features or folder / "features"
     if not features.exists():
         cache(config, features)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(features)))
@@ -464,10 +465,65 @@ def _trained(config: TrainConfig, folder: Path, seed: int, bundle: Path, dataset
     return folder / "run"
 
 
+def ship(folder: Path, seed: int) -> None:
+    """Copies what was trained into the package, with a note of how it was made."""
+    root = folder.parent
+    stages = [json.loads((root / name / DONE).read_text()) for name in STAGES if (root / name / DONE).is_file()]
+    made = dict(command=f"python -m train.shapeland --workdir DIR --seed {seed}", stages=stages)
+    made["versions"] = {name: version(name) for name in ("dynaip_jax", "jax", "flax", "optax", "numpy")}
+    with replacing(default.ASSETS, overwrite=True, marks=(MADE,)) as work:
+        shutil.copytree(root / "base" / "bundle", work / "bundle")
+        shutil.copytree(root / "adapter" / "adapter", work / "adapter")
+        shutil.copy(root / "judge" / WEIGHTS, work / default.JUDGE.name)
+        if default.RETRAINED.is_file():
+            shutil.copy(default.RETRAINED, work)
+        (work / MADE).write_text(json.dumps(made, indent=2) + "\n")
+
+
+def train_variants(folder: Path, seed: int) -> None:
+    """Adapters that differ in one choice, each trained for `VARIANT_STEPS` steps and measured; rows go into the package."""
+    root, rows = folder.parent, []
+    judge = load_judge(root / "judge" / WEIGHTS)
+    for name, (asks, changes) in VARIANTS.items():
+        print(f"variant {name}", file=sys.stderr)
+        config = dataclasses.replace(
+            ADAPTER,
+            steps=VARIANT_STEPS,
+            optim=dataclasses.replace(ADAPTER.optim, decay_steps=VARIANT_STEPS),
+            adapter=dataclasses.replace(ADAPTER.adapter, **changes),
+        )
+        same = name == SAME_PICTURE
+        dataset = root / "world" / ("same" if same else "pairs")
+        if same and not dataset.exists():
+            with replacing(dataset, overwrite=True, marks=("index.npz",)) as work:
+                write_dataset(work, _in_processes(partial(synthetic.pair_row, seed, reference="same"), PAIRS // 2))
+        bundle = root / "base" / "bundle"
+        features = (folder if same else root / "adapter") / "features"
+        run = _trained(config, folder / name, seed, bundle, dataset, features)
+        export(run, folder / name / "adapter", None, dtype=SHIPPED, overwrite=True)
+        pipe = DynaIPPipeline.load(bundle, folder / name / "adapter")
+        for row in shapeland.evaluate(pipe, judge, ["default", "dds-off"], seed=seed):
+            facts = dict(asks=asks, seed=seed, steps=VARIANT_STEPS)
+            dds = "" if row["name"] == "default" else f", {row['name']}"
+            rows.append(row | dict(name=f"retrained: {name}{dds}") | facts)
+        default.RETRAINED.write_text(json.dumps(dict(rows=rows), indent=1) + "\n")
+
+
+SAME_PICTURE = "same picture"
+VARIANT_STEPS = 1000
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> what it asks, fields of AdapterChoices
+    "default": ("the defaults, trained as briefly as the variants", {}),
+    "all blocks": ("injection into the single blocks too", dict(blocks="all")),
+    "query after RoPE": ("the query of the reference term with its position", dict(query="after_rope")),
+    "last layer": ("no HMoE: CLIP's last layer alone", dict(weights=(0.0, 0.0, 1.0))),
+    "equal weights": ("no router: all levels alike", dict(weights=(1.0, 1.0, 1.0))),
+    SAME_PICTURE: ("the reference is the target itself", {}),
+}
 STAGES: dict[str, Callable[[Path, int], None]] = dict(
     world=write_world, vae=train_vae, clip=train_clip, text=train_text, encoders=write_encoders, base=train_base,
-    judge=train_judge, adapter=train_adapter,
+    judge=train_judge, adapter=train_adapter, ship=ship,
 )  # fmt: skip
+EXTRA = dict(variants=train_variants)  # runs only when named
 
 
 def write_tokenizers(folder: Path) -> dict[str, Path]:

@@ -154,10 +154,15 @@ def description(scene: Scene) -> str:
     return f"{_listed(parts)} {_setting(scene)}".strip()
 
 
+def caption_words() -> list[str]:
+    """All words of captions, sorted."""
+    return sorted({*CLASSES, *BACKGROUNDS, *LIGHTS, *POSITIONS, *"a an and at in large on the".split()})
+
+
 def vocabulary() -> list[str]:
     """All words of captions and descriptions, sorted."""
-    words = {*CLASSES, *BACKGROUNDS, *LIGHTS, *POSITIONS, *PATTERNS, *EMBLEMS[1:], *COLOURS}
-    return sorted(words | set("a an and at black dark in large on the white with".split()))
+    look = {*PATTERNS, *EMBLEMS[1:], *COLOURS, *"black dark white with".split()}
+    return sorted({*caption_words(), *look})
 
 
 def _setting(scene: Scene) -> str:

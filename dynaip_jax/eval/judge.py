@@ -40,8 +40,9 @@ class Judge(nn.Module):
         x = images
         for n, width in enumerate(WIDTHS):
             x = nn.Conv(width, (3, 3), strides=(2, 2), name=f"down_{n}")(x)
-            h = nn.Conv(width, (3, 3), name=f"conv_{n}")(nn.relu(LayerNorm(name=f"norm_{n}")(x)))
-            x = x + nn.Conv(width, (3, 3), name=f"out_{n}")(nn.relu(h))
+            for m in range(n):  # none at the finest level, which would cost most
+                h = nn.Conv(width, (3, 3), name=f"conv_{n}_{m}")(nn.relu(LayerNorm(name=f"norm_{n}_{m}")(x)))
+                x = x + nn.Conv(width, (3, 3), name=f"out_{n}_{m}")(nn.relu(h))
         b, width = x.shape[0], x.shape[-1]
         x = x.reshape(b, -1, width)
         places = self.param("places", nn.initializers.normal(0.1), (x.shape[1], width))
