@@ -156,9 +156,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="CP (is it the same subject?), PF (is it what the prompt says?) and CP·PF on identities and scenes that\n"
         "nobody was trained on, for the default settings and their alternatives, with 95 % intervals.",
     )
-    p.add_argument("--model", type=Path, metavar="BUNDLE", help="a base model of Shapeland (default: the embedded one)")
-    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter for it (default: the embedded one)")
-    p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the table")
+    p.add_argument(
+        "--model", type=Path, metavar="BUNDLE", help="a base model of Shapeland, from python -m train.shapeland"
+    )
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter for it")
+    p.add_argument("--judge", type=Path, metavar="FILE", help="the judge's weights, from the same")
+    p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows (a wrong name lists them all)")
     p.add_argument(
         "--subjects", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="S", help="default: 1 2 3"
     )
@@ -291,8 +294,18 @@ def evaluate(args: argparse.Namespace) -> int:
     from dynaip_jax.pipeline import DynaIPPipeline
 
     model, adapter, stored = args.model, args.adapter, []
+    if model is not None and args.judge is None and not default.JUDGE.is_file():
+        raise UserError(
+            "--judge: not given, and this version ships none; expected its weights; python -m train.shapeland --workdir DIR makes "
+            "DIR/judge/weights.safetensors"
+        )
     if model is None:
-        model, embedded = default.paths()
+        model, embedded = default.ASSETS / "bundle", default.ASSETS / "adapter"
+        if not model.is_dir():
+            raise UserError(
+                "--model: not given, and this version ships no model of Shapeland; expected one; python -m train.shapeland "
+                "--workdir DIR makes DIR/base/bundle, and DIR/adapter/adapter for --adapter"
+            )
         stored = [] if adapter else shapeland.retrained()
         adapter = adapter or embedded
     names = args.rows
@@ -302,7 +315,7 @@ def evaluate(args: argparse.Namespace) -> int:
     pipe = DynaIPPipeline.load(model, adapter)
     subjects = sorted(set(args.subjects))
     shapeland.check(pipe, names, subjects)
-    judge = load_judge(default.JUDGE)
+    judge = load_judge(args.judge or default.JUDGE)
     calibrations = {s: shapeland.calibrate(judge, s) for s in subjects}
     rows = shapeland.evaluate(
         pipe, judge, names, subjects, args.seed, args.num, progress=sys.stderr.isatty(), calibrations=calibrations

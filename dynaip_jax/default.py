@@ -14,6 +14,10 @@ from pathlib import Path
 
 from dynaip_jax.version import __version__
 
+ASSETS = Path(__file__).parent / "assets" / "shapeland"  # what `train/shapeland.py` ships
+JUDGE = ASSETS / "judge.safetensors"
+RETRAINED = ASSETS / "retrained.json"  # rows of adapters that were trained differently
+
 SEED = 0
 SIZE = 128  # pixels
 STEPS = 8

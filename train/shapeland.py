@@ -256,7 +256,7 @@ def train_vae(folder: Path, seed: int) -> None:
 
 
 VAE_STEPS = (2200, 400)
-KL = 0.02  # at this weight the noise of latents costs about 0.02 in [-1, 1] of each pixel, which is not seen
+KL = 0.006  # at this weight the noise of latents costs about 0.006 in [-1, 1] of each pixel, which is not seen
 
 
 def _caption(seed: int, n: int) -> str:
@@ -330,7 +330,7 @@ def train_clip(folder: Path, seed: int) -> None:
 CLIP_STEPS = 800
 
 
-def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
     """Two pictures of one subject, in scenes of their own, with what there is to know of them."""
     rng = synthetic.generator(seed, "judge", n)
     kind, identity = str(rng.choice(synthetic.CLASSES)), synthetic.sample_identity(rng)
@@ -347,7 +347,7 @@ def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]
     return [*found, (synthetic.render(empty).image, _labels(empty) | dict(subject=np.int32(-1)))]
 
 
-def _labels(scene: synthetic.Scene) -> dict[str, np.ndarray]:
+def _labels(scene: synthetic.Scene) -> dict[str, Any]:
     return {name: x[0].astype(np.int32) for name, x in shapeland.truth([scene])._asdict().items()}
 
 
@@ -365,16 +365,16 @@ def train_judge(folder: Path, seed: int) -> None:
         x = _unit(shown)
         soft = (x + sum(jnp.roll(x, shift, axis) for axis in (1, 2) for shift in (-1, 1))) / 5
         x = x + jax.random.uniform(blur_key, (len(x), 1, 1, 1)) * (soft - x)
-        v = Judge().apply({"params": params}, x + 0.03 * jax.random.normal(noise_key, x.shape))
+        v: Any = Judge().apply({"params": params}, x + 0.03 * jax.random.normal(noise_key, x.shape))
         there = label["position"] >= 0
         present = jnp.logaddexp(0, jnp.where(there, -v.present, v.present)).mean()
         place = -jnp.take_along_axis(jax.nn.log_softmax(v.position), jnp.maximum(label["position"], 0)[..., None], -1)[
             ..., 0
         ]
         place = (place * there).sum() / there.sum()
-        ground, count = (
+        ground, number = (
             -jnp.take_along_axis(jax.nn.log_softmax(logits), label[name][:, None], -1).mean()
-            for name, logits in (("background", v.background), ("count", v.count))
+            for name, logits in (("background", v.background), ("number", v.number))
         )
         n = len(x) * 2 // 5  # the batch is n first views, n second views, n / 2 empty scenes
         kinds = label["subject"][:n]
@@ -385,10 +385,10 @@ def train_judge(folder: Path, seed: int) -> None:
             present=((v.present > 0) == there).all(-1).mean(),
             place=((v.position.argmax(-1) == label["position"]) & there).sum() / there.sum(),
             ground=(v.background.argmax(-1) == label["background"]).mean(),
-            count=(v.count.argmax(-1) == label["count"]).mean(),
+            number=(v.number.argmax(-1) == label["number"]).mean(),
             same=(logits.argmax(-1) == jnp.arange(n)).mean(),
         )
-        return 8 * present + place + ground + count + same, figures
+        return 8 * present + place + ground + number + same, figures
 
     def batch_of(step: int):
         rows = _order(seed, step, len(pictures), 64)
@@ -469,7 +469,7 @@ def ship(folder: Path, seed: int) -> None:
     """Copies what was trained into the package, with a note of how it was made."""
     root = folder.parent
     stages = [json.loads((root / name / DONE).read_text()) for name in STAGES if (root / name / DONE).is_file()]
-    made = dict(command=f"python -m train.shapeland --workdir DIR --seed {seed}", stages=stages)
+    made: dict[str, Any] = dict(command=f"python -m train.shapeland --workdir DIR --seed {seed}", stages=stages)
     made["versions"] = {name: version(name) for name in ("dynaip_jax", "jax", "flax", "optax", "numpy")}
     with replacing(default.ASSETS, overwrite=True, marks=(MADE,)) as work:
         shutil.copytree(root / "base" / "bundle", work / "bundle")

@@ -12,7 +12,7 @@ import colorsys
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,9 +27,10 @@ LIGHTS = {"noon": (1.0, 1.0, 1.0), "dusk": (1.0, 0.88, 0.74), "night": (0.66, 0.
 POSITIONS = {"left": 13.0, "middle": 32.0, "right": 51.0}  # centre of the column, pixels
 PATTERNS = ("stripes", "checks", "dots", "rings")
 EMBLEMS = ("none", "disc", "bar", "plus")
-RADII = {1: (12.0, 16.0), 2: (9.5, 11.5), 3: (8.5, 10.5)}  # pixels, by the number of subjects
-LARGE = (19.0, 27.0)  # of the one subject of a close view
+RADII = {1: (14.0, 19.0), 2: (10.0, 12.5), 3: (8.5, 10.0)}  # pixels, by the number of subjects
+LARGE = (20.0, 27.0)  # of the one subject of a close view
 COLOURS = ("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "pink")
+DESCRIBED = 0.4  # share of one-subject scenes whose caption tells the look
 SPLITS = {"train": 0, "judge": 1, "test": 2}  # no identity is in two of them
 
 
@@ -92,7 +93,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         first,  # type: ignore[arg-type]
         second,  # type: ignore[arg-type]
         pattern=str(rng.choice(PATTERNS)),
-        frequency=float(rng.uniform(1.2, 2.6)),
+        frequency=float(rng.uniform(0.7, 1.6)),
         angle=float(rng.uniform(0, math.pi)),
         outline=float(rng.uniform(0.05, 0.13)),
         shade=float(rng.choice([rng.uniform(0, 0.15), rng.uniform(0.85, 1)])),
@@ -295,6 +296,7 @@ def _outline(kind: str) -> np.ndarray:
     def polar(radius, start=-np.pi / 2, angles=turn):
         return np.stack([radius * np.cos(angles + start), radius * np.sin(angles + start)], -1)
 
+    points: Any
     match kind:
         case "arrow":
             points = [
@@ -376,8 +378,12 @@ def sample_mixed(rng: np.random.Generator) -> Scene:
 
 
 def scene_row(seed: int, n: int, split: str = "train") -> Record:
-    """Row n of the trainer's data contract for text to image: a scene of 1 to 3 subjects with its caption."""
-    return _record(n, sample_mixed(generator(seed, split, n)), None)
+    """Row n of the trainer's data contract for text to image: a scene of 1 to 3 subjects with its caption or, for a part of
+    those of one subject, its description: a base model knows words for looks too."""
+    rng = generator(seed, split, n)
+    scene = sample_mixed(rng)
+    described = len(scene.subjects) == 1 and rng.random() < DESCRIBED
+    return _record(n, scene, None, description(scene) if described else caption(scene))
 
 
 def pair_row(seed: int, n: int, split: str = "train", reference: Literal["other", "same"] = "other") -> Record:
@@ -385,7 +391,8 @@ def pair_row(seed: int, n: int, split: str = "train", reference: Literal["other"
     subject in another scene ("other") or the scene itself ("same")."""
     rng = generator(seed, split, n)
     scene = sample_scene(rng, 1, large=bool(rng.random() < 0.15))
-    return _record(n, scene, close_view(rng, scene.subjects[0]) if reference == "other" else None)
+    close = close_view(rng, scene.subjects[0]) if reference == "other" else None
+    return _record(n, scene, close, caption(scene))
 
 
 def close_view(rng: np.random.Generator, subject: Placed) -> Scene:
@@ -393,7 +400,7 @@ def close_view(rng: np.random.Generator, subject: Placed) -> Scene:
     return sample_scene(rng, subjects=[(subject.kind, subject.identity)], large=True)
 
 
-def _record(n: int, scene: Scene, reference: Scene | None) -> Record:
+def _record(n: int, scene: Scene, reference: Scene | None, text: str) -> Record:
     picture = render(scene)
     shown = render(reference) if reference else picture
     whole = np.array([0, 0, SIZE, SIZE], np.int32)
@@ -404,6 +411,6 @@ def _record(n: int, scene: Scene, reference: Scene | None) -> Record:
         reference=png(shown.image) if reference else b"",
         reference_box=whole,
         mask=png(np.round(shown.masks[0] * 255).astype(np.uint8)) if reference or len(scene.subjects) == 1 else b"",
-        caption=caption(scene),
+        caption=text,
         subject=_article(scene.subjects[0].kind),
     )

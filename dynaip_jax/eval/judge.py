@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
     present: jax.Array  # [b, k]
     position: jax.Array  # [b, k, 3]
     background: jax.Array  # [b, 6]
-    count: jax.Array  # [b, 4]
+    number: jax.Array  # [b, 4], of subjects
     identity: jax.Array  # [b, k, d]
 
 
@@ -58,7 +58,7 @@ class Judge(nn.Module):
             present=jnp.einsum("bkc,kc->bk", seen, per_class) + bias,
             position=nn.Dense(len(POSITIONS), name="position")(seen),
             background=nn.Dense(len(BACKGROUNDS), name="background")(whole),
-            count=nn.Dense(COUNTS, name="count")(jnp.concatenate([seen.reshape(b, -1), whole], -1)),
+            number=nn.Dense(COUNTS, name="number")(jnp.concatenate([seen.reshape(b, -1), whole], -1)),
             identity=identity * jax.lax.rsqrt(jnp.sum(identity**2, -1, keepdims=True) + 1e-6),
         )
 

@@ -109,7 +109,7 @@ class Truth(NamedTuple):
 
     position: np.ndarray  # [n, k]
     background: np.ndarray  # [n]
-    count: np.ndarray  # type: ignore[assignment]  # [n]
+    number: np.ndarray  # [n], of subjects
 
 
 class Calibration(NamedTuple):
@@ -354,7 +354,7 @@ def calibrate(judge_params: Any, subjects: int) -> Calibration:
             classes=float(((verdict.present > 0) == there).all(axis=1).mean()),
             position=float((verdict.position.argmax(-1) == asked.position)[there].mean()),
             background=float((verdict.background.argmax(-1) == asked.background).mean()),
-            count=float((verdict.count.argmax(-1) == asked.count).mean()),
+            count=float((verdict.number.argmax(-1) == asked.number).mean()),
             identity=float(np.concatenate(won).mean()),
         ),
     )
@@ -366,16 +366,16 @@ def scores(judge_params: Any, pictures: np.ndarray, cases: Cases, known: Calibra
     there = asked.position >= 0
     seen, target = read(judge_params, pictures), read(judge_params, cases.reposed)
     cosine = np.einsum("nkd,nkd->nk", seen.identity, target.identity)
-    cp = ((cosine * there).sum(axis=1) / asked.count - known.other) / (known.same - known.other)
+    cp = ((cosine * there).sum(axis=1) / asked.number - known.other) / (known.same - known.other)
     present = (seen.present > 0) & there
     in_place = present & (seen.position.argmax(-1) == asked.position)
     met = [
         present.sum(axis=1),
         in_place.sum(axis=1),
         seen.background.argmax(-1) == asked.background,
-        seen.count.argmax(-1) == asked.count,
+        seen.number.argmax(-1) == asked.number,
     ]
-    return cp, np.sum(met, axis=0) / (2 * asked.count + 2)
+    return cp, np.sum(met, axis=0) / (2 * asked.number + 2)
 
 
 def doubts(calibrations: dict[int, Calibration]) -> list[str]:

@@ -37,6 +37,17 @@ def test_a_cached_run_is_the_run_itself(augmented, tmp_path):
     assert other[:2] == pytest.approx(cached[:2], rel=1e-5) and other != pytest.approx(cached, rel=1e-5)
 
 
+def test_a_base_is_trained_from_a_cache_without_levels(augmented, tmp_path):
+    base = dataclasses.replace(augmented, trainable="base", steps=4)
+    cache(base, tmp_path / "cache", variants=2)
+    assert not (tmp_path / "cache" / "levels.npy").exists()
+    train(base, tmp_path / "pictures")
+    train(with_features(base, tmp_path / "cache"), tmp_path / "cached")
+    np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "pictures"), rtol=1e-5)
+    with pytest.raises(UserError, match="made with encoders"):
+        train(with_features(augmented, tmp_path / "cache"), tmp_path / "adapter")
+
+
 def test_bfloat16_features_are_near(augmented, tmp_path):
     half = dataclasses.replace(augmented, dtype="bfloat16", steps=3)
     cache(half, tmp_path / "cache")

@@ -21,7 +21,7 @@ from train import models
 from train.export import export
 from train.loop import train
 from train.photographs import prepare_photographs
-from train.step import Features, features_of, init_state, optimizer, train_step
+from train.step import Features, _matrices, features_of, init_state, optimizer, train_step
 
 STEP = jax.jit(train_step, static_argnums=0)
 
@@ -124,6 +124,45 @@ def test_a_trained_base_is_exported_as_a_bundle_with_its_adapter(config, tmp_pat
     pipe = DynaIPPipeline.load(tmp_path / "bundle", tmp_path / "adapter")
     jax.tree.map(np.testing.assert_array_equal, pipe.params["transformer"], state.params["transformer"])
     assert pipe.bundle.fingerprint != Bundle.open(config.bundle, FAMILIES).fingerprint
+
+
+def test_a_fresh_base_starts_with_closed_gates(config):
+    """adaLN-Zero: the velocity is 0 whatever goes in, and a loss of about 2 (noise and latents of unit size) is the first one."""
+    fresh = dataclasses.replace(config, trainable="base", fresh_base=True)
+    recipe = models.make_recipe(fresh, models.open_bundle(fresh))
+    params = models.fresh_params(fresh, recipe)["transformer"]
+    flux = recipe.config("transformer")
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    inputs = {k: jax.random.normal(next(keys), v.shape) for k, v in Flux.inputs_spec(flux).items()}
+    assert (Flux(flux).apply({"params": params}, **inputs) == 0).all()
+
+
+def test_muon_takes_the_matrices_and_goes_on_after_a_restart(config, tmp_path):
+    muon = dataclasses.replace(config.optim, kind="muon", muon_rate=0.01)
+    run = fixed(config, trainable="all", fresh_base=True, optim=muon, save_every=10)
+    recipe = models.make_recipe(run, models.open_bundle(run))
+    moved = jax.tree_util.tree_leaves_with_path(
+        _matrices(models.fresh_params(run, recipe)), is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers)
+    )
+    names = [jax.tree_util.keystr(path) for path, _ in moved]
+    assert (
+        len(names) == 23 and sum("expert" in name for name in names) == 6 and not any("bias" in name for name in names)
+    )
+    straight = train(dataclasses.replace(run, steps=20), tmp_path / "straight")
+    train(dataclasses.replace(run, steps=10), tmp_path / "cut")
+    again = train(dataclasses.replace(run, steps=20), tmp_path / "cut", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, again.params, straight.params)
+    values = losses(tmp_path / "straight")
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_weights_can_be_exported_in_bfloat16(adapter_run, tiny, tmp_path):
+    export(adapter_run[0], tmp_path / "half", None, dtype="bfloat16")
+    size = (tmp_path / "half" / "adapter.safetensors").stat().st_size
+    export(adapter_run[0], tmp_path / "whole", None)
+    assert size < 0.6 * (tmp_path / "whole" / "adapter.safetensors").stat().st_size
+    half, whole = (DynaIPPipeline.load(tiny[0], tmp_path / name).adapter[1] for name in ("half", "whole"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), half, whole)
 
 
 def test_accumulating_4_times_b_is_4b(setup):
