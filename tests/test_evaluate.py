@@ -66,13 +66,11 @@ def few(monkeypatch):
 
 
 @pytest.mark.parametrize("subjects", (1, 3))
-def test_units_of_cp(judge, subjects):
-    """By their definition even an untrained judge gives true renders 1 on average, and the same cases the same numbers."""
+def test_an_untrained_judge_is_doubted_and_cases_are_those_of_their_seed(judge, subjects):
     known = shapeland.calibrate(judge, subjects)
-    assert known.same > known.other
-    cases = shapeland.make_cases(subjects, seed=5, num=192)
+    cases = shapeland.make_cases(subjects, seed=5, num=24)
     cp, pf = shapeland.scores(judge, cases.renders, cases, known)
-    assert cp.shape == pf.shape == (192,) and ((pf >= 0) & (pf <= 1)).all()
+    assert cp.shape == pf.shape == (24,) and np.isfinite(cp).all() and ((pf >= 0) & (pf <= 1)).all()
     again = shapeland.make_cases(subjects, seed=5, num=4)
     np.testing.assert_array_equal(again.reposed, cases.reposed[:4])
     assert shapeland.doubts({subjects: known})  # it cannot tell classes, and says so

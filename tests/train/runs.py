@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "debug.py"
-PATIENCE = 120  # seconds
+PATIENCE = 300  # seconds
 
 
 def words(workdir, *more):
