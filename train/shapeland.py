@@ -1,4 +1,4 @@
-"""Trains the embedded default from nothing: Shapeland's autoencoder, encoders, judge, base model and adapter.
+"""Trains a model of Shapeland from nothing: autoencoder, encoders, judge, base model and adapter.
 
 python -m train.shapeland --workdir runs/shapeland
 
@@ -75,10 +75,10 @@ DATA = DataConfig(resolution=64, aspects=("1:1",), clip_size=64, crop_reference=
 BASE = TrainConfig(
     data=DATA,
     adapter=AdapterChoices(levels=LEVELS, expert_width=256),
-    optim=OptimConfig(kind="muon", rate=1.5e-3, warmup=100, decay_steps=1500, final=0.02, ema=0.997),
+    optim=OptimConfig(kind="muon", rate=1.5e-3, warmup=100, decay_steps=5000, final=0.02, ema=0.997),
     trainable="base",
     fresh_base=True,
-    steps=1500,
+    steps=5000,
     batch=64,
     dtype="float32",
     remat="none",
@@ -88,10 +88,10 @@ BASE = TrainConfig(
 )
 ADAPTER = dataclasses.replace(
     BASE,
-    optim=dataclasses.replace(BASE.optim, decay_steps=900),
+    optim=dataclasses.replace(BASE.optim, decay_steps=3500),
     trainable="adapter",
     fresh_base=False,
-    steps=900,
+    steps=3500,
 )
 SCENES, PAIRS = 24_000, 24_000  # rows of the two datasets
 SHIPPED = "bfloat16"
@@ -101,7 +101,7 @@ DONE, WEIGHTS, MADE = "done.json", "weights.safetensors", "made.json"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m train.shapeland",
-        description="Trains the embedded default (Shapeland) from nothing, stage by stage; run again to go on.",
+        description="Trains all models of Shapeland from nothing, stage by stage; run again to go on.",
     )
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="everything goes there")
     parser.add_argument(
@@ -400,7 +400,7 @@ def train_judge(folder: Path, seed: int) -> None:
     _save(folder / WEIGHTS, params)
 
 
-JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1400, 10.0
+JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 3000, 10.0
 
 
 def write_world(folder: Path, seed: int) -> None:
