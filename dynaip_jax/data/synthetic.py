@@ -86,12 +86,11 @@ def sample_identity(rng: np.random.Generator) -> Identity:
     """An identity nobody has seen; its two colours can be told apart."""
     h, gap = rng.random(), rng.uniform(0.2, 0.8)
     first, second = (
-        tuple(float(x) for x in colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.55, 1), rng.uniform(0.45, 1)))
-        for hue in (h, h + gap)
+        colorsys.hsv_to_rgb(hue % 1, float(rng.uniform(0.55, 1)), float(rng.uniform(0.45, 1))) for hue in (h, h + gap)
     )
     return Identity(
-        first,  # type: ignore[arg-type]
-        second,  # type: ignore[arg-type]
+        first,
+        second,
         pattern=str(rng.choice(PATTERNS)),
         frequency=float(rng.uniform(0.7, 1.6)),
         angle=float(rng.uniform(0, math.pi)),

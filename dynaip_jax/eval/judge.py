@@ -81,4 +81,5 @@ def load_judge(path: Path) -> Any:
 @jax.jit
 def judge(params: Any, images: jax.Array) -> Verdict:
     """The verdict on uint8 pictures `[b, H, W, 3]`."""
-    return Judge().apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)  # type: ignore[return-value]
+    model: Any = Judge()
+    return model.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
