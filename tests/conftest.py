@@ -1,11 +1,13 @@
 """All tests run on CPU with full float32 products, offline."""
 
+import gc
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 import skimage.data  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -14,6 +16,14 @@ from dynaip_jax import cli, default  # noqa: E402
 from dynaip_jax.errors import run_cli  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs of a module go with it: each holds many memory maps, of which Linux gives a process 65530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
