@@ -21,13 +21,13 @@ from dynaip_jax.data.rows import png
 from dynaip_jax.data.store import Record
 
 SIZE = 64
-CLASSES = ("arrow", "circle", "cross", "crown", "drop", "fish", "flower", "heart", "moon", "square", "star", "triangle")
+CLASSES = ("arrow", "circle", "cross", "crown", "fish", "heart", "moon", "square", "star", "triangle")
 BACKGROUNDS = ("grass", "sand", "snow", "stone", "water", "wood")
 LIGHTS = {"noon": (1.0, 1.0, 1.0), "dusk": (1.0, 0.88, 0.74), "night": (0.66, 0.74, 0.92)}  # factor of each channel
 POSITIONS = {"left": 13.0, "middle": 32.0, "right": 51.0}  # centre of the column, pixels
 PATTERNS = ("stripes", "checks", "dots", "rings")
 EMBLEMS = ("none", "disc", "bar", "plus")
-RADII = {1: (14.0, 19.0), 2: (10.0, 12.5), 3: (8.5, 10.0)}  # pixels, by the number of subjects
+RADII = {1: (14.0, 19.0), 2: (11.0, 13.0), 3: (9.0, 10.5)}  # pixels, by the number of subjects
 LARGE = (20.0, 27.0)  # of the one subject of a close view
 COLOURS = ("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "pink")
 DESCRIBED = 0.4  # share of one-subject scenes whose caption tells the look
@@ -94,7 +94,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         pattern=str(rng.choice(PATTERNS)),
         frequency=float(rng.uniform(0.7, 1.6)),
         angle=float(rng.uniform(0, math.pi)),
-        outline=float(rng.uniform(0.05, 0.13)),
+        outline=float(rng.uniform(0.08, 0.14)),
         shade=float(rng.choice([rng.uniform(0, 0.15), rng.uniform(0.85, 1)])),
         emblem=str(rng.choice(EMBLEMS)),
         emblem_shade=float(rng.integers(2)),
@@ -125,9 +125,9 @@ def sample_scene(
                 identity,
                 str(column),
                 x=x,
-                y=float(SIZE / 2 + rng.uniform(-0.8, 0.8) * slack),
+                y=float(SIZE / 2 + rng.uniform(-0.6, 0.6) * slack),
                 radius=float(radius),
-                rotation=float(rng.uniform(-0.45, 0.45)),
+                rotation=float(rng.uniform(-0.3, 0.3)),
             )
         )
     return Scene(
@@ -314,14 +314,9 @@ def _outline(kind: str) -> np.ndarray:
             points = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]  # fmt: skip
         case "crown":
             points = [(-0.9, 0.75), (-0.95, -0.6), (-0.45, -0.05), (0, -0.85), (0.45, -0.05), (0.95, -0.6), (0.9, 0.75)]
-        case "drop":
-            lower = polar(0.62, 0, np.linspace(-0.15 * np.pi, 1.15 * np.pi, 28)) + [0, 0.36]
-            points = [(0, -1), *lower]
         case "fish":
             body = polar(1, 0, np.linspace(-0.82 * np.pi, 0.82 * np.pi, 28)) * [0.66, 0.5] + [0.25, 0]
             points = [*body, (-0.95, 0.6), (-0.75, 0), (-0.95, -0.6)]
-        case "flower":
-            points = polar(0.72 + 0.26 * np.cos(5 * turn))
         case "heart":
             x = 16 * np.sin(turn) ** 3
             y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
@@ -345,22 +340,20 @@ def _background(scene: Scene) -> np.ndarray:
     """float32 `[H, W, 3]` in [0, 1]."""
     rng = np.random.default_rng(scene.texture)
     ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    smooth, fine = _noise(rng, 5), _noise(rng, 16)
+    smooth = _noise(rng, 4)
     match scene.background:
         case "grass":
-            base, change = (0.33, 0.6, 0.22), 0.10 * smooth + 0.06 * np.sin(xs * 1.3 + 3 * smooth)
+            base, change = (0.33, 0.6, 0.22), 0.10 * smooth + 0.03 * np.sin(xs * 0.5 + 3 * smooth)
         case "sand":
-            base, change = (0.88, 0.77, 0.53), 0.05 * smooth + 0.06 * np.sin((ys + 5 * smooth) * 0.55)
+            base, change = (0.88, 0.77, 0.53), 0.05 * np.sin((ys + 6 * smooth) * 0.35)
         case "snow":
             base, change = (0.90, 0.93, 0.97), 0.06 * smooth
         case "stone":
-            rows = ys // 11
-            joint = np.minimum(ys % 11, (xs + 8 * (rows % 2)) % 16) < 1
-            base, change = (0.52, 0.51, 0.53), 0.05 * fine - 0.16 * joint
+            base, change = (0.52, 0.51, 0.53), 0.10 * _noise(rng, 9)
         case "water":
-            base, change = (0.16, 0.42, 0.72), 0.10 * np.sin(ys * 0.7 + 1.5 * np.sin(xs * 0.2 + 6 * rng.random()))
+            base, change = (0.16, 0.42, 0.72), 0.10 * np.sin(ys * 0.45 + 1.5 * np.sin(xs * 0.1 + 6 * rng.random()))
         case _:
-            base, change = (0.50, 0.31, 0.16), 0.06 * np.sin(ys * 0.9 + 4 * smooth) - 0.16 * (xs % 13 < 1)
+            base, change = (0.50, 0.31, 0.16), 0.04 * smooth - 0.16 * (xs % 16 < 2)
     return np.clip(np.array(base, np.float32) + change[..., None].astype(np.float32), 0, 1)
 
 
