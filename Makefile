@@ -1,4 +1,4 @@
-# make demo   install into .venv and make a grid of pictures with the embedded tiny model
+# make demo   install into .venv, draw what the method does with the embedded model and print its measurements
 # make test   install into .venv and run every check and test
 PYTHON ?= python3
 VENV := .venv

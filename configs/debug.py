@@ -1,4 +1,4 @@
-"""The embedded tiny model on scikit-image's photographs: shows in seconds, on a CPU, that training works.
+"""The embedded model of Shapeland on scikit-image's photographs: shows in seconds, on a CPU, that training works.
 
 Command:   python -m train.main --config configs/debug.py --workdir runs/debug
 Hardware:  any CPU
@@ -10,8 +10,8 @@ from dynaip_jax.data.sources import DataConfig
 from train.config import AdapterChoices, OptimConfig, TrainConfig
 
 CONFIG = TrainConfig(
-    data=DataConfig(path="photographs", resolution=128, aspects=("1:1",), clip_size=32, workers=1),
-    adapter=AdapterChoices(levels=(2, 3, 4), expert_width=64),
+    data=DataConfig(path="photographs", resolution=64, aspects=("1:1",), clip_size=64, workers=1),
+    adapter=AdapterChoices(levels=(2, 4, 6), expert_width=128),
     optim=OptimConfig(rate=1e-3, warmup=10, decay_steps=1000, ema=0.99),
     steps=100,
     batch=4,

@@ -92,6 +92,16 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return flatten_dict(params, sep=".")
 
 
+def read_tree(path: Path) -> Any:
+    """The parameter tree in a safetensors file whose names are paths in it, as `flatten` makes them."""
+    from flax.traverse_util import unflatten_dict
+
+    from dynaip_jax.tensorfile import TensorFile
+
+    file = TensorFile(path)
+    return unflatten_dict({name: np.asarray(file[name]) for name in file}, sep=".")
+
+
 def save_params(folder: Path, params: Mapping[str, Any]) -> None:
     """Writes a tree of arrays as an Orbax checkpoint."""
     import orbax.checkpoint as ocp

@@ -12,8 +12,8 @@ from dynaip_jax.errors import Parser, UserError, run_cli
 from dynaip_jax.version import __version__
 
 EXAMPLES = """examples:
-  dynaip sample --prompt "a photo of a cat" --output cat.png
-      plain text to image with the embedded tiny model (random weights: it shows the way, not a picture)
+  dynaip sample --prompt "a star on the left on grass at noon" --reference my-star.png --output star.png
+      your drawing of a star in a scene, by the embedded model of Shapeland: 64 x 64 pixels, a vocabulary of its own
   dynaip sample --model bundles/flux-dev --adapter adapters/dynaip --prompt "a toy robot on a beach at sunset" \\
       --reference robot.jpg --num-images 4 --output robot.png
       four pictures of the subject in robot.jpg: robot_0.png ... robot_3.png, and robot.png, the grid
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     files = p.add_argument_group("model and files")
     files.add_argument(
-        "--model", type=Path, metavar="BUNDLE", help="converted base model (default: the embedded tiny one)"
+        "--model", type=Path, metavar="BUNDLE", help="converted base model (default: the embedded one of Shapeland)"
     )
     files.add_argument("--adapter", type=Path, metavar="DIR", help="trained adapter; without it plain text to image")
     files.add_argument(
@@ -70,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", required=True, metavar="TEXT")
     what.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from (true CFG: two passes a step)")
     what.add_argument(
-        "--true-cfg", type=float, metavar="X", help="scale of true CFG (default 4, with a negative prompt)"
+        "--true-cfg",
+        type=float,
+        metavar="X",
+        help="scale of true CFG (default: the model's own, if any; else 4 with a negative prompt)",
     )
     what.add_argument("--height", type=int, metavar="PX", help="multiple of 16")
     what.add_argument("--width", type=int, metavar="PX", help="multiple of 16")
@@ -134,12 +137,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser(
         "demo",
-        help="one figure of what the options do, with the embedded tiny model",
-        description="Draws a figure with the embedded tiny model on a photograph: text only, reference, text branch, granularity.",
+        help="one figure of what the method does, and its measurements, with the embedded model",
+        description="Draws a figure with the embedded model of Shapeland (references, text only, DDS off and on, granularity,\n"
+        "two subjects) and prints a short table of measurements; with a picture of your own only the figure.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "--reference", type=Path, metavar="IMG", help="a picture of your own (default: the one that comes along)"
-    )
+    p.add_argument("--reference", type=Path, metavar="IMG", help="a drawing of your own, seen close (needs --prompt)")
+    p.add_argument("--prompt", metavar="TEXT", help='what to make of it: "a heart on the left on snow at dusk"')
     p.add_argument("--output", type=Path, default=Path("demo.png"), metavar="OUT.png", help="default: demo.png")
     p.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     p.set_defaults(run=demo)
@@ -157,10 +161,18 @@ def build_parser() -> argparse.ArgumentParser:
         "nobody was trained on, for the default settings and their alternatives, with 95 % intervals.",
     )
     p.add_argument(
-        "--model", type=Path, metavar="BUNDLE", help="a base model of Shapeland, from python -m train.shapeland"
+        "--model",
+        type=Path,
+        metavar="BUNDLE",
+        help="a base model of Shapeland, from python -m train.shapeland (default: the embedded one)",
     )
-    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter for it")
-    p.add_argument("--judge", type=Path, metavar="FILE", help="the judge's weights, from the same")
+    p.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="an adapter for it (default: the embedded one, if --model is left out)",
+    )
+    p.add_argument("--judge", type=Path, metavar="FILE", help="the judge's weights (default: the embedded ones)")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows (a wrong name lists them all)")
     p.add_argument(
         "--subjects", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="S", help="default: 1 2 3"
@@ -238,7 +250,13 @@ def sample(args: argparse.Namespace) -> int:
 
         model, embedded = default.paths()
         adapter = adapter or (embedded if references else None)
-        print("note: using the embedded tiny model with random weights; pass --model for a real one", file=sys.stderr)
+        from dynaip_jax.data.synthetic import caption_words
+
+        print(
+            "note: using the embedded model of Shapeland, which knows these words: "
+            f"{' '.join(caption_words())}; pass --model for another",
+            file=sys.stderr,
+        )
     pipe = DynaIPPipeline.load(model, adapter, dtype=args.dtype, any_base=args.any_base)
     with warnings.catch_warnings(action="ignore"):
         result = pipe(args.prompt, references, masks=args.mask, progress=sys.stderr.isatty(), **options)
@@ -272,12 +290,17 @@ def demo(args: argparse.Namespace) -> int:
     """`dynaip demo`."""
     from dynaip_jax.data import images
 
+    if (args.reference is None) != (args.prompt is None):
+        given, missing = ("--reference", "--prompt") if args.prompt is None else ("--prompt", "--reference")
+        raise UserError(f"{given}: given without {missing}; expected both, or neither; add {missing}")
     images.check_png_path(args.output, overwrite=args.overwrite)
 
     from dynaip_jax import demo as figure
 
-    figure.draw(args.reference, args.output, overwrite=args.overwrite)
+    figure.draw(args.output, args.reference, args.prompt, overwrite=args.overwrite)
     print(args.output)
+    if args.reference is None:
+        print(f"\n{figure.measures()}")
     return 0
 
 
@@ -289,23 +312,13 @@ def evaluate(args: argparse.Namespace) -> int:
         raise UserError(f"--seed {args.seed}: expected a number from 0 to {2**32 - 1}")
 
     from dynaip_jax import default
+    from dynaip_jax.bundle import read_tree
     from dynaip_jax.eval import shapeland
-    from dynaip_jax.eval.judge import load_judge
     from dynaip_jax.pipeline import DynaIPPipeline
 
     model, adapter, stored = args.model, args.adapter, []
-    if model is not None and args.judge is None and not default.JUDGE.is_file():
-        raise UserError(
-            "--judge: not given, and this version ships none; expected its weights; python -m train.shapeland --workdir DIR makes "
-            "DIR/judge/weights.safetensors"
-        )
     if model is None:
-        model, embedded = default.ASSETS / "bundle", default.ASSETS / "adapter"
-        if not model.is_dir():
-            raise UserError(
-                "--model: not given, and this version ships no model of Shapeland; expected one; python -m train.shapeland "
-                "--workdir DIR makes DIR/base/bundle, and DIR/adapter/adapter for --adapter"
-            )
+        model, embedded = default.paths()
         stored = [] if adapter else shapeland.retrained()
         adapter = adapter or embedded
     names = args.rows
@@ -315,7 +328,7 @@ def evaluate(args: argparse.Namespace) -> int:
     pipe = DynaIPPipeline.load(model, adapter)
     subjects = sorted(set(args.subjects))
     shapeland.check(pipe, names, subjects)
-    judge = load_judge(args.judge or default.JUDGE)
+    judge = read_tree(args.judge or default.JUDGE)
     calibrations = {s: shapeland.calibrate(judge, s) for s in subjects}
     rows = shapeland.evaluate(
         pipe, judge, names, subjects, args.seed, args.num, progress=sys.stderr.isatty(), calibrations=calibrations

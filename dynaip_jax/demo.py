@@ -1,38 +1,94 @@
-"""One figure that shows what the options do, made with the embedded default model."""
+"""One figure that shows what the method does, and a short table that measures it, with the embedded model of Shapeland."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from dynaip_jax import default
-from dynaip_jax.data import images
+from dynaip_jax.bundle import read_tree
+from dynaip_jax.data import images, synthetic
+from dynaip_jax.eval import shapeland
 from dynaip_jax.pipeline import DynaIPPipeline
 
-PHOTOGRAPH = Path(__file__).parent / "assets" / "astronaut.jpg"  # NASA's portrait of Eileen Collins, public domain
-PROMPT = "a photo of an astronaut"
-PANELS: dict[str, dict[str, Any]] = {
-    "DDS on (default)": dict(),
-    "DDS off": dict(text_gain=1.0),
-    "image scale 0": dict(image_scale=0.0),
-    "granularity low": dict(granularity=(1, 0, 0)),
-    "granularity mid": dict(granularity=(0, 1, 0)),
-    "granularity high": dict(granularity=(0, 0, 1)),
-}
+CELL, STRIP = 160, 26  # pixels
+SUBJECTS = (("moon", 11), ("square", 8))  # class, number of its identity in the test split
+PROMPTS = ("a moon on the left on sand at noon", "a moon on the right on wood at dusk")
+TWO = "a moon on the left and a square on the right on sand at noon"
+MEASURED = {1: ["default", "dds-off", "text-only", "true-render"], 2: ["default", "regions-none", "text-only"]}
+CASES = 64
+GRANULARITY = {"low level": (1, 0, 0), "low and high": (1, 0, 1), "high level": (0, 0, 1)}
+
+Panels = dict[str, Any]  # label -> uint8 [H, W, 3]
 
 
-def draw(reference: Path | None, output: Path, *, overwrite: bool) -> None:
-    """Writes the figure: the reference, text only, then a panel for each setting, all from one seed."""
-    bundle, adapter = default.paths()
-    photograph = images.load_image(reference or PHOTOGRAPH)
-    panels = {"reference": images.square(photograph)}
-    panels["text only"] = np.asarray(DynaIPPipeline.load(bundle)(PROMPT, seed=0).images[0])
-    pipe = DynaIPPipeline.load(bundle, adapter)
-    for label, options in PANELS.items():
-        panels[label] = np.asarray(pipe(PROMPT, [photograph], seed=0, **options).images[0])
-    cells = [images.labelled(image, label, default.SIZE) for label, image in panels.items()]
-    images.save_png(
-        images.grid(cells, columns=4), output, dict(prompt=PROMPT, panels=list(panels)), overwrite=overwrite
-    )
+def draw(output: Path, reference: Path | None = None, prompt: str | None = None, *, overwrite: bool) -> None:
+    """Writes the figure: with references out of Shapeland, or with a picture and a prompt of one's own."""
+    pipe, base = DynaIPPipeline.load(*default.paths()), DynaIPPipeline.load(default.paths()[0])
+    if reference is not None and prompt is not None:
+        first, prompts = images.load_image(reference), [prompt]
+    else:
+        first, prompts = _reference(*SUBJECTS[0]), list(PROMPTS)
+
+    def picture(text: str, *references: np.ndarray, **options: Any) -> np.ndarray:
+        return np.asarray((pipe if references else base)(text, references, seed=0, **options).images[0])
+
+    rows: list[tuple[str, Panels]] = [
+        (
+            text,
+            {
+                "reference": images.square(first),
+                "text only": picture(text),
+                "DDS off": picture(text, first, text_gain=1.0),
+                "DDS on (default)": picture(text, first),
+            },
+        )
+        for text in prompts
+    ]
+    levels = {label: picture(prompts[0], first, granularity=weights) for label, weights in GRANULARITY.items()}
+    rows.append((f"granularity: {prompts[0]}", levels | {"router (default)": rows[0][1]["DDS on (default)"]}))
+    if reference is None:
+        second = _reference(*SUBJECTS[1])
+        both, words = (first, second), [kind for kind, _ in SUBJECTS]
+        panels = {
+            "second reference": second,
+            "text only": picture(TWO),
+            "no regions": picture(TWO, *both),
+            "found regions (default)": picture(TWO, *both, words=words),
+        }
+        rows.append((TWO, panels))
+    images.save_png(_figure(rows), output, dict(rows=[[text, *panels] for text, panels in rows]), overwrite=overwrite)
+
+
+def measures() -> str:
+    """The judge's accuracy and the short table of `MEASURED` rows on `CASES` cases each, as text."""
+    pipe, judge = DynaIPPipeline.load(*default.paths()), read_tree(default.JUDGE)
+    known = {s: shapeland.calibrate(judge, s) for s in MEASURED}
+    rows = [
+        row
+        for s, names in MEASURED.items()
+        for row in shapeland.evaluate(pipe, judge, names, [s], num=CASES, calibrations=known)
+    ]
+    return f"The judge on true renders:\n\n{shapeland.judge_table(known)}\n\n{shapeland.table(rows)}"
+
+
+def _reference(kind: str, number: int) -> np.ndarray:
+    """A close view of a subject that no model was trained on."""
+    rng = synthetic.generator(0, "test", number)
+    scene = synthetic.sample_scene(rng, subjects=[(kind, synthetic.sample_identity(rng))], large=True)
+    return synthetic.render(scene).image
+
+
+def _figure(rows: Sequence[tuple[str, Panels]]) -> Image.Image:
+    """Rows of labelled panels, each under its title."""
+    parts = []
+    for title, panels in rows:
+        cells = images.grid([images.labelled(image, label, CELL) for label, image in panels.items()], columns=4)
+        strip = Image.new("RGB", (cells.width, STRIP), "white")
+        ImageDraw.Draw(strip).text((3, 5), title, fill="black", font=ImageFont.load_default(size=14))
+        parts.append(np.concatenate([np.asarray(strip), np.asarray(cells)]))
+    return Image.fromarray(np.concatenate(parts))

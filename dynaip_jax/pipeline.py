@@ -136,7 +136,8 @@ class DynaIPPipeline:
         - `regions`: "auto" finds where each subject belongs from the attention to its words, "none" lets all act everywhere;
           None = auto if there are words. Masks win over both;
         - `seed`: image k of `num_images` uses seed + k, so that each can be made again alone; or `noise` `[b, c, h, w]`, initial latents;
-        - `guidance`: scale embedded by a guidance-distilled base; `true_cfg`: scale against `negative_prompt`, two passes a step;
+        - `guidance`: scale embedded by a guidance-distilled base; `true_cfg`: scale against `negative_prompt`, two passes a step
+          (a base that needs it says so in its bundle's defaults, and then steers away from the empty prompt; 1 = off);
         - `height`, `width`: pixels, multiples of 16;
         - `image_scale`, `text_gain`: gain of the image prompt in the image and text branch, for all subjects or one each.
           text_gain 0 is the Dynamic Decoupling Strategy; with image_scale 0 as well the base model is left exactly as it is;
@@ -166,7 +167,7 @@ class DynaIPPipeline:
         if steps < 1:
             raise UserError(f"--steps {steps}: expected at least 1")
         guidance = self._guidance(guidance)
-        cfg = _true_cfg(negative_prompt, true_cfg)
+        negative_prompt, cfg = _true_cfg(negative_prompt, true_cfg, self.defaults.get("true_cfg"))
 
         latent = (vae.z_channels, height // vae.downsample, width // vae.downsample)
         noise, seeds = _initial_noise(noise, seed, num_images, latent)
@@ -349,7 +350,7 @@ def denoise(
 
     `text`: a row (the prompt), or two (prompt, negative prompt) with `true_cfg`: v = v_neg + true_cfg (v - v_neg), where the
     negative pass has no image prompt; either for all pictures, or b rows of each for a prompt a picture. `image_prompt` is
-    shared by all of the batch, or one a picture without `true_cfg`; it acts where window[0] <= step / steps < window[1].
+    shared by all of the batch, or one a picture; it acts where window[0] <= step / steps < window[1].
     `times` `[steps + 1]` as from `flow.schedule`.
     """
     b, _, h, w = noise.shape
@@ -357,7 +358,7 @@ def denoise(
     states, pooled = (jnp.repeat(x, branches * b // len(x), axis=0) for x in text)
     if image_prompt is not None and branches == 2:
         on = jnp.repeat(jnp.array([1.0, 0.0]), b)[:, None]
-        image_prompt = image_prompt.scaled(on)
+        image_prompt = image_prompt.tiled(branches).scaled(on)
     model: Any = Flux(config)
     fixed = dict(
         img_ids=jnp.asarray(ops.image_ids(h, w)),
@@ -440,14 +441,17 @@ def _check_regions(references, masks, words: list[str], regions: str | None) -> 
     return regions
 
 
-def _true_cfg(negative_prompt: str | None, scale: float | None) -> float | None:
-    if negative_prompt is None:
-        if scale is not None:
-            raise UserError(
-                f"--true-cfg {scale}: needs something to steer away from; pass --negative-prompt (it may be empty)"
-            )
-        return None
-    return TRUE_CFG if scale is None else scale
+def _true_cfg(negative: str | None, scale: float | None, usual: float | None) -> tuple[str | None, float | None]:
+    """The negative prompt and its scale, None without a second pass. `usual`: the scale that the base asks for, if any."""
+    if negative is None and usual is None and scale is not None:
+        raise UserError(
+            f"--true-cfg {scale}: needs something to steer away from; pass --negative-prompt (it may be empty)"
+        )
+    if scale is None:
+        scale = usual if usual is not None else None if negative is None else TRUE_CFG
+    if scale is None or (scale == 1 and negative is None):
+        return None, None
+    return negative or "", scale
 
 
 def _initial_noise(noise, seed, num_images, latent: tuple[int, int, int]) -> tuple[np.ndarray, list[int] | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 QUERIES = ("before_rope", "after_rope")  # of the reference term
 MERGES = ("sum", "concat")  # of several subjects, in the reference term
@@ -38,3 +39,12 @@ class ImagePrompt(NamedTuple):
     def scaled(self, factor) -> ImagePrompt:
         """The same image prompt with both gains multiplied by `factor` (broadcast against `[l, b, s]`)."""
         return self._replace(image_gain=self.image_gain * factor, text_gain=self.text_gain * factor)
+
+    def tiled(self, times: int) -> ImagePrompt:
+        """For a batch that repeats its rows `times` times, one whole batch after the other; a shared prompt stays as it is."""
+
+        def along(axis: int, part):
+            return jax.tree.map(lambda x: x if x.shape[axis] == 1 else jnp.concatenate([x] * times, axis), part)
+
+        own = {name: along(0, getattr(self, name)) for name in ("region", "words")}
+        return ImagePrompt(*(along(1, part) for part in self[:4]), **own)

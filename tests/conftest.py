@@ -12,8 +12,9 @@ import pytest  # noqa: E402
 import skimage.data  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from dynaip_jax import cli, default  # noqa: E402
+from dynaip_jax import cli  # noqa: E402
 from dynaip_jax.errors import run_cli  # noqa: E402
+from tests.tiny import make_adapter, make_bundle  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -28,11 +29,11 @@ def forget_programs():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """(bundle folder, adapter folder) of the embedded default, made once."""
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        return default.paths()
+    """(bundle folder, adapter folder) of random weights, made once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_bundle(folder / "bundle")
+    make_adapter(folder / "adapter", folder / "bundle")
+    return folder / "bundle", folder / "adapter"
 
 
 @pytest.fixture(scope="session")

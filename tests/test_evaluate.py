@@ -10,14 +10,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from dynaip_jax import default
-from dynaip_jax.bundle import NewComponent, flatten, write_bundle
+from dynaip_jax.bundle import NewComponent, flatten, read_tree, write_bundle
 from dynaip_jax.data import synthetic
 from dynaip_jax.data.synthetic import BACKGROUNDS, CLASSES
 from dynaip_jax.eval import shapeland
-from dynaip_jax.eval.judge import Verdict, init_judge, load_judge
+from dynaip_jax.eval.judge import Verdict, init_judge
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.models.registry import config_to_dict, init_params
 from dynaip_jax.pipeline import DynaIPPipeline
+from tests.tiny import make_adapter
 from train.shapeland import CONFIGS, TOKENS, write_tokenizers
 
 KEYS = {"name", "subjects", "n", "cp", "pf", "cp_pf", "cp_ci", "pf_ci", "cp_pf_ci"}
@@ -33,7 +34,7 @@ def judge_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(judge_file):
-    return load_judge(judge_file)
+    return read_tree(judge_file)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def model(tmp_path_factory):
 
     write_bundle(
         folder / "bundle", components(), family="flux", schedule=asdict(ScheduleConfig()), text=TOKENS,
-        defaults=dict(steps=4, guidance=1.0, height=64, width=64), tokenizers=write_tokenizers(folder / "words"),
+        defaults=dict(steps=4, true_cfg=2.0, height=64, width=64), tokenizers=write_tokenizers(folder / "words"),
     )  # fmt: skip
-    default.make_adapter(folder / "adapter", folder / "bundle")
+    make_adapter(folder / "adapter", folder / "bundle")
     return folder / "bundle", folder / "adapter"
 
 
@@ -163,10 +164,8 @@ CASES = {
     "four subjects": ("--subjects 4", "--subjects.*invalid choice: 4"),
     "no cases": ("--num 0", "--num 0: expected at least 1"),
     "seed": ("--seed -1", "--seed -1: expected a number from 0"),
-    "no judge": ("--model {bundle}", "--judge: not given"),
     "no weights": ("--model {bundle} --judge /nowhere", "/nowhere"),
     "no bundle": ("--model /nowhere --judge {judge}", "--model /nowhere"),
-    "no model": ("", "--model: not given.*python -m train.shapeland"),
     "base without adapter": (
         "--model {bundle} --judge {judge} --rows default",
         "--rows default: needs an adapter.*--adapter DIR",

@@ -182,6 +182,16 @@ def test_references_as_path_picture_or_array_are_one(pipe, photograph):
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
+def test_a_base_can_ask_for_true_cfg(base, plain, monkeypatch):
+    """Its bundle's defaults say so: it then steers away from the empty prompt, unless told otherwise."""
+    explicit = draw(base, negative_prompt="", true_cfg=3.0)
+    other = draw(base, negative_prompt="a dog", true_cfg=3.0)
+    monkeypatch.setitem(base.defaults, "true_cfg", 3.0)
+    np.testing.assert_array_equal(draw(base), explicit)
+    np.testing.assert_array_equal(draw(base, negative_prompt="a dog"), other)
+    np.testing.assert_array_equal(draw(base, true_cfg=1.0), plain)
+
+
 def test_bfloat16_draws_about_the_same(tiny, plain):
     half = draw(DynaIPPipeline.load(tiny[0], dtype="bfloat16"))
     error = np.abs(half.astype(int) - plain.astype(int)).mean()

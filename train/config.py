@@ -79,7 +79,7 @@ class DistributedConfig:
 class TrainConfig:
     """A training run. Sizes are global: `batch` is split over the mesh's data and fsdp axes."""
 
-    bundle: str = ""  # the base model; empty = the embedded tiny one
+    bundle: str = ""  # the base model; empty = the embedded one
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterChoices = field(default_factory=AdapterChoices)
     optim: OptimConfig = field(default_factory=OptimConfig)

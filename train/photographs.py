@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 
-from dynaip_jax.default import cache_folder
 from dynaip_jax.errors import UserError
+from dynaip_jax.version import __version__
 from train.config import TrainConfig
 
 PHOTOGRAPHS = "photographs"  # the value of data.path that means this dataset
-SIDE = 256  # pixels of the longer side: enough for the tiny model, quick to decode
+SIDE = 256  # pixels of the longer side: enough for the embedded model, quick to decode
 CAPTIONS = {  # name in skimage.data: (caption, the words in it that name the subject)
     "astronaut": ("a portrait of an astronaut in an orange suit", "an astronaut"),
     "chelsea": ("a close photo of a tabby cat", "a tabby cat"),
@@ -37,7 +38,8 @@ def prepare_photographs() -> Path:
 
     Raises `UserError` if scikit-image is not installed.
     """
-    out = cache_folder() / PHOTOGRAPHS
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    out = cache / "dynaip_jax" / __version__ / PHOTOGRAPHS
     if out.exists():
         return out
     try:

@@ -27,13 +27,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from dynaip_jax import default
-from dynaip_jax.bundle import NewComponent, replacing, write_bundle
+from dynaip_jax.bundle import NewComponent, flatten, read_tree, replacing, write_bundle
 from dynaip_jax.data import images, synthetic
 from dynaip_jax.data.sources import DataConfig
 from dynaip_jax.data.store import write_dataset
-from dynaip_jax.errors import Parser, run_cli
+from dynaip_jax.errors import Parser, UserError, run_cli
 from dynaip_jax.eval import shapeland
-from dynaip_jax.eval.judge import Judge, init_judge, load_judge
+from dynaip_jax.eval.judge import Judge, init_judge
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from dynaip_jax.models.flux import FluxConfig
@@ -75,10 +75,10 @@ DATA = DataConfig(resolution=64, aspects=("1:1",), clip_size=64, crop_reference=
 BASE = TrainConfig(
     data=DATA,
     adapter=AdapterChoices(levels=LEVELS, expert_width=256),
-    optim=OptimConfig(kind="muon", rate=1.5e-3, warmup=100, decay_steps=5000, final=0.02, ema=0.997),
+    optim=OptimConfig(kind="muon", rate=1.5e-3, warmup=100, decay_steps=4200, final=0.02, ema=0.997),
     trainable="base",
     fresh_base=True,
-    steps=5000,
+    steps=4200,
     batch=64,
     dtype="float32",
     remat="none",
@@ -88,14 +88,16 @@ BASE = TrainConfig(
 )
 ADAPTER = dataclasses.replace(
     BASE,
-    optim=dataclasses.replace(BASE.optim, decay_steps=3500),
+    optim=dataclasses.replace(BASE.optim, decay_steps=1400),
+    adapter=dataclasses.replace(BASE.adapter, blocks="all"),
     trainable="adapter",
     fresh_base=False,
-    steps=3500,
+    steps=1400,
 )
-SCENES, PAIRS = 24_000, 24_000  # rows of the two datasets
+SCENES, PAIRS = 24_000, 16_000  # rows of the two datasets
 SHIPPED = "bfloat16"
-DONE, WEIGHTS, MADE = "done.json", "weights.safetensors", "made.json"
+TRUE_CFG = 2.5
+DONE, SPENT, WEIGHTS, MADE = "done.json", "seconds.txt", "weights.safetensors", "made.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,19 +113,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="STAGE",
         help=f"only these: {', '.join(STAGES)}; or {', '.join(EXTRA)}, which is not among the usual ones",
     )
+    parser.add_argument(
+        "--go-on",
+        action="store_true",
+        help="start from the models in the package: train base and adapter further, keep the rest",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of worlds, weights and order (default 0)")
     args = parser.parse_args(argv)
-    for name in args.stages or STAGES:
+    stages = (KEPT if args.go_on else STAGES) | EXTRA
+    for name in args.stages or [name for name in stages if name not in EXTRA]:
+        if name not in stages:
+            raise UserError(
+                f"--stages {name}: is kept with --go-on; expected some of {', '.join(stages)}; leave it out"
+            )
         folder = args.workdir / name
         if (folder / DONE).is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
+        began, spent = time.monotonic(), folder / SPENT
+        before = float(spent.read_text()) if spent.is_file() else 0.0
         print(f"stage {name}", file=sys.stderr)
-        (STAGES | EXTRA)[name](folder, args.seed)
-        note = dict(
-            stage=name, seed=args.seed, seconds=round(time.monotonic() - began), device=jax.devices()[0].device_kind
-        )
+        try:
+            stages[name](folder, args.seed)
+        finally:
+            seconds = before + time.monotonic() - began
+            spent.write_text(f"{seconds:.0f}\n")
+        note = dict(stage=name, seed=args.seed, seconds=round(seconds), device=jax.devices()[0].device_kind)
         (folder / DONE).write_text(json.dumps(note) + "\n")
     return 0
 
@@ -197,16 +212,7 @@ def _in_processes(make: Callable[[int], Any], count: int) -> list[Any]:
 def _save(path: Path, params: Any) -> None:
     from safetensors.numpy import save_file
 
-    from dynaip_jax.bundle import flatten
-
     save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, path)
-
-
-def _load(path: Path) -> Any:
-    from flax.traverse_util import unflatten_dict
-    from safetensors.numpy import load_file
-
-    return unflatten_dict(load_file(path), sep=".")
 
 
 def _unit(pictures: ArrayLike) -> jax.Array:
@@ -294,7 +300,7 @@ def train_text(folder: Path, seed: int) -> None:
 
     head = jax.random.normal(jax.random.key(seed + 1), (CONFIGS["t5"].d_model, len(WORDS))) * 0.05
     params = dict(t5=init_params("t5", CONFIGS["t5"], jax.random.key(seed)), head=head)
-    params = fit(folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], 600, 2e-3, seed)
+    params = fit(folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], 400, 2e-3, seed)
     _save(folder / WEIGHTS, params["t5"])
 
 
@@ -341,7 +347,7 @@ def train_clip(folder: Path, seed: int) -> None:
     _save(folder / WEIGHTS, {name: params[name] for name in ("clip_vision", "clip_text")})
 
 
-CLIP_STEPS = 800
+CLIP_STEPS = 550
 
 
 def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
@@ -414,7 +420,7 @@ def train_judge(folder: Path, seed: int) -> None:
     _save(folder / WEIGHTS, params)
 
 
-JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 3000, 10.0
+JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1100, 10.0
 
 
 def write_world(folder: Path, seed: int) -> None:
@@ -429,7 +435,9 @@ def write_encoders(folder: Path, seed: int) -> None:
     root = folder.parent
     scale = json.loads((root / "vae" / "scale.json").read_text())
     trained = dict(
-        vae=_load(root / "vae" / WEIGHTS), t5=_load(root / "text" / WEIGHTS), **_load(root / "clip" / WEIGHTS)
+        vae=read_tree(root / "vae" / WEIGHTS),
+        t5=read_tree(root / "text" / WEIGHTS),
+        **read_tree(root / "clip" / WEIGHTS),
     )
 
     def components() -> Iterator[NewComponent]:
@@ -446,15 +454,26 @@ def write_encoders(folder: Path, seed: int) -> None:
             family="flux",
             schedule=asdict(ScheduleConfig()),
             text=TOKENS,
-            defaults=dict(steps=16, guidance=1.0, height=synthetic.SIZE, width=synthetic.SIZE),
+            defaults=dict(steps=16, true_cfg=TRUE_CFG, height=synthetic.SIZE, width=synthetic.SIZE),
             tokenizers=write_tokenizers(Path(work)),
             overwrite=True,
         )
 
 
-def train_base(folder: Path, seed: int) -> None:
+def keep_encoders(folder: Path, seed: int) -> None:
+    """The package's bundle in place of a new one."""
+    shutil.copytree(default.paths()[0], folder / "bundle", dirs_exist_ok=True)
+
+
+def keep_judge(folder: Path, seed: int) -> None:
+    """The package's judge in place of a new one."""
+    shutil.copy(default.JUDGE, folder / WEIGHTS)
+
+
+def train_base(folder: Path, seed: int, fresh: bool = True) -> None:
     """The transformer, text to image; then a bundle with it."""
-    run = _trained(BASE, folder, seed, folder.parent / "encoders" / "bundle", folder.parent / "world" / "scenes")
+    config = dataclasses.replace(BASE, fresh_base=fresh)
+    run = _trained(config, folder, seed, folder.parent / "encoders" / "bundle", folder.parent / "world" / "scenes")
     export(run, None, folder / "bundle", dtype=SHIPPED, overwrite=True)
 
 
@@ -475,7 +494,9 @@ def _trained(
     if not features.exists():
         cache(config, features)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(features)))
-    train(config, folder / "run", resume=True)
+    state = train(config, folder / "run", resume=True)
+    if int(state.step) < config.steps:  # it was asked to stop: the stage is not done
+        raise KeyboardInterrupt
     return folder / "run"
 
 
@@ -484,6 +505,9 @@ def ship(folder: Path, seed: int) -> None:
     root = folder.parent
     stages = [json.loads((root / name / DONE).read_text()) for name in STAGES if (root / name / DONE).is_file()]
     made: dict[str, Any] = dict(command=f"python -m train.shapeland --workdir DIR --seed {seed}", stages=stages)
+    if not (root / "vae").exists():  # it went on from what the package had
+        made["command"] += " --go-on"
+        made["before"] = json.loads((default.ASSETS / MADE).read_text())
     made["versions"] = {name: version(name) for name in ("dynaip_jax", "jax", "flax", "optax", "numpy")}
     with replacing(default.ASSETS, overwrite=True, marks=(MADE,)) as work:
         shutil.copytree(root / "base" / "bundle", work / "bundle")
@@ -497,7 +521,7 @@ def ship(folder: Path, seed: int) -> None:
 def train_variants(folder: Path, seed: int) -> None:
     """Adapters that differ in one choice, each trained for `VARIANT_STEPS` steps and measured; rows go into the package."""
     root, rows = folder.parent, []
-    judge = load_judge(root / "judge" / WEIGHTS)
+    judge = read_tree(root / "judge" / WEIGHTS)
     for name, (asks, changes) in VARIANTS.items():
         print(f"variant {name}", file=sys.stderr)
         config = dataclasses.replace(
@@ -527,7 +551,7 @@ SAME_PICTURE = "same picture"
 VARIANT_STEPS = 1000
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> what it asks, fields of AdapterChoices
     "default": ("the defaults, trained as briefly as the variants", {}),
-    "all blocks": ("injection into the single blocks too", dict(blocks="all")),
+    "double blocks": ("no injection into the single blocks", dict(blocks="double")),
     "query after RoPE": ("the query of the reference term with its position", dict(query="after_rope")),
     "last layer": ("no HMoE: CLIP's last layer alone", dict(weights=(0.0, 0.0, 1.0))),
     "equal weights": ("no router: all levels alike", dict(weights=(1.0, 1.0, 1.0))),
@@ -536,6 +560,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> what it asks, fie
 STAGES: dict[str, Callable[[Path, int], None]] = dict(
     world=write_world, vae=train_vae, clip=train_clip, text=train_text, encoders=write_encoders, base=train_base,
     judge=train_judge, adapter=train_adapter, ship=ship,
+)  # fmt: skip
+KEPT: dict[str, Callable[[Path, int], None]] = dict(
+    world=write_world, encoders=keep_encoders, base=partial(train_base, fresh=False), judge=keep_judge,
+    adapter=train_adapter, ship=ship,
 )  # fmt: skip
 EXTRA = dict(variants=train_variants)  # runs only when named
 

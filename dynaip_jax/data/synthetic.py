@@ -27,8 +27,8 @@ LIGHTS = {"noon": (1.0, 1.0, 1.0), "dusk": (1.0, 0.88, 0.74), "night": (0.66, 0.
 POSITIONS = {"left": 13.0, "middle": 32.0, "right": 51.0}  # centre of the column, pixels
 PATTERNS = ("stripes", "checks", "dots", "rings")
 EMBLEMS = ("none", "disc", "bar", "plus")
-RADII = {1: (14.0, 19.0), 2: (11.0, 13.0), 3: (9.0, 10.5)}  # pixels, by the number of subjects
-LARGE = (20.0, 27.0)  # of the one subject of a close view
+RADII = {1: (15.0, 18.5), 2: (11.0, 13.0), 3: (9.0, 10.5)}  # pixels, by the number of subjects
+LARGE = (21.0, 26.0)  # of the one subject of a close view
 COLOURS = ("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "pink")
 DESCRIBED = 0.4  # share of one-subject scenes whose caption tells the look
 SPLITS = {"train": 0, "judge": 1, "test": 2}  # no identity is in two of them
@@ -92,7 +92,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         first,
         second,
         pattern=str(rng.choice(PATTERNS)),
-        frequency=float(rng.uniform(0.7, 1.6)),
+        frequency=float(rng.uniform(0.5, 1.0)),
         angle=float(rng.uniform(0, math.pi)),
         outline=float(rng.uniform(0.08, 0.14)),
         shade=float(rng.choice([rng.uniform(0, 0.15), rng.uniform(0.85, 1)])),
@@ -117,7 +117,7 @@ def sample_scene(
     placed = []
     for (kind, identity), column in zip(subjects, columns, strict=True):
         radius = rng.uniform(*(LARGE if large else RADII[len(subjects)]))
-        jitter, slack = (1.0 if large else 2.0), max(SIZE / 2 - radius - 2, 1)
+        jitter, slack = (1.0 if large else 1.5), max(SIZE / 2 - radius - 2, 1)
         x = float(np.clip(POSITIONS[str(column)] + rng.uniform(-jitter, jitter), radius, SIZE - radius))
         placed.append(
             Placed(
@@ -125,9 +125,9 @@ def sample_scene(
                 identity,
                 str(column),
                 x=x,
-                y=float(SIZE / 2 + rng.uniform(-0.6, 0.6) * slack),
+                y=float(SIZE / 2 + rng.uniform(-0.4, 0.4) * slack),
                 radius=float(radius),
-                rotation=float(rng.uniform(-0.3, 0.3)),
+                rotation=float(rng.uniform(-0.15, 0.15)),
             )
         )
     return Scene(

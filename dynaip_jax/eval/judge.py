@@ -6,13 +6,11 @@ models it judges. Axis letters: b batch, g grid cells, k classes, c channels, d 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dynaip_jax.data.synthetic import BACKGROUNDS, CLASSES, POSITIONS, SIZE
 from dynaip_jax.models.layers import LayerNorm
@@ -66,16 +64,6 @@ class Judge(nn.Module):
 def init_judge(key: jax.Array) -> Any:
     """Fresh parameters."""
     return nn.meta.unbox(Judge().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
-
-
-def load_judge(path: Path) -> Any:
-    """The parameters in a safetensors file."""
-    from flax.traverse_util import unflatten_dict
-
-    from dynaip_jax.tensorfile import TensorFile
-
-    file = TensorFile(path)
-    return unflatten_dict({name: np.asarray(file[name]) for name in file}, sep=".")
 
 
 @jax.jit

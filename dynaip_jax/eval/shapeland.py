@@ -287,17 +287,18 @@ def _sample(pipe: DynaIPPipeline, cases: Cases, setting: Setting, seed: int, som
         if setting.merge is not None:
             transformer = dataclasses.replace(transformer, reference_merge=setting.merge)
 
+    cfg = pipe.defaults.get("true_cfg")
     latent = (vae.z_channels, SIZE // vae.downsample, SIZE // vae.downsample)
     tokens = (latent[1] // 2) * (latent[2] // 2)
     latents = denoise(
         transformer,
         pipe.params["transformer"],
         _noise(seed, some, latent),
-        pipe.encode_text(prompts),
+        pipe.encode_text(prompts + [""] * (0 if cfg is None else len(prompts))),
         image_prompt,
         jnp.asarray(flow.schedule(pipe.defaults["steps"], tokens, pipe.schedule)),
         guidance=jnp.float32(pipe.defaults["guidance"]) if transformer.guidance_embed else None,
-        true_cfg=None,
+        true_cfg=None if cfg is None else jnp.float32(cfg),
         window=jnp.array([0.0, 1.0], jnp.float32),
     )
     return images.to_uint8(decode(vae, pipe.params["vae"], latents))

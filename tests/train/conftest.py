@@ -10,9 +10,9 @@ from train.photographs import prepare_photographs
 
 
 @pytest.fixture(scope="session")
-def home(tiny):
-    """The environment of a run: a cache with the tiny bundle and the photographs, and one for compiled programs."""
-    cache = tiny[0].parents[2]
+def home(tmp_path_factory):
+    """The environment of a run: a cache with the photographs, and one for compiled programs."""
+    cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         prepare_photographs()

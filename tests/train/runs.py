@@ -1,5 +1,6 @@
 """Runs of the trainer for tests: their command, children that run it, and what they leave on disk."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,14 +12,27 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from train import config as config_
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "debug.py"
 PATIENCE = 300  # seconds
 
 
+def tiny_recipe(tiny):
+    """The debug recipe on the tiny bundle, whose CLIP is smaller than the embedded one."""
+    debug = config_.load(RECIPE)
+    return dataclasses.replace(
+        debug,
+        bundle=str(tiny[0]),
+        adapter=dataclasses.replace(debug.adapter, levels=(2, 3, 4), expert_width=64),
+        data=dataclasses.replace(debug.data, clip_size=32),
+    )
+
+
 def words(workdir, *more):
     """The command line of a small, quick run in `workdir`."""
-    small = "--data.resolution 64 --batch 2 --data.workers 0 --log-every 1 --save-every 2 --steps 12".split()
+    small = "--batch 2 --data.workers 0 --log-every 1 --save-every 2 --steps 12".split()
     return [str(w) for w in ("--config", RECIPE, "--workdir", workdir, *small, *more)]
 
 

@@ -1,11 +1,11 @@
 """What a run asks of its adapter reaches the base; runs written before a choice existed go on with its default."""
 
-import dataclasses
 import json
 
 import pytest
 
 from dynaip_jax.errors import UserError
+from tests.train.runs import tiny_recipe
 from train import config as config_
 from train import models
 from train.checkpoint import RUN_FILE, check_workdir
@@ -13,7 +13,7 @@ from train.checkpoint import RUN_FILE, check_workdir
 
 @pytest.fixture(scope="module")
 def config(tiny):
-    return dataclasses.replace(config_.load(config_.Path("configs/debug.py")), bundle=str(tiny[0]))
+    return tiny_recipe(tiny)
 
 
 def test_query_and_merge_reach_adapter_and_transformer(config):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dynaip_jax import default
 from dynaip_jax.data.plan import Plan, buckets
 from dynaip_jax.data.sources import open_dataset
 from dynaip_jax.errors import UserError
@@ -99,7 +100,7 @@ def test_bad_folders(trainer, tmp_path):
     assert contents(tmp_path) == {(tmp_path / "file").relative_to(tmp_path): b"mine"}
 
 
-def test_a_run_is_neither_deleted_nor_gone_on_with_unasked(trainer, run, tmp_path, tiny):
+def test_a_run_is_neither_deleted_nor_gone_on_with_unasked(trainer, run, tmp_path):
     before = contents(run)
     refused(trainer, words(run), f"--workdir {run}: holds a run; pass --resume to go on with it or --overwrite")
     refused(
@@ -107,7 +108,7 @@ def test_a_run_is_neither_deleted_nor_gone_on_with_unasked(trainer, run, tmp_pat
         f"--resume {run}: config differs: data.flip_target: 0.0 -> 1.0; optim.rate: 0.001 -> 0.5; use the run's own",
     )  # fmt: skip
     other = tmp_path / "other"
-    shutil.copytree(tiny[0], other)
+    shutil.copytree(default.paths()[0], other)
     manifest = json.loads((other / "bundle.json").read_text())
     (other / "bundle.json").write_text(json.dumps(manifest | dict(fingerprint="5" * 64)))
     refused(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from dynaip_jax import default
 from dynaip_jax.data.sources import make_loader
 from dynaip_jax.text import Tokenizers
 from tests.train.runs import Child, assert_same, data_state, metrics, state, steps, words
@@ -78,11 +79,12 @@ def test_stopped_by_sigterm(home, trainer, straight, tmp_path):
     assert_finished_as(straight, run)
 
 
-def test_the_next_batch_is_the_one_a_straight_run_would_read(home, tiny, straight):
+def test_the_next_batch_is_the_one_a_straight_run_would_read(home, straight):
     manifest = json.loads((straight / "run.json").read_text())
     data = config_.from_dict(manifest["config"]).data
-    text = json.loads((tiny[0] / "bundle.json").read_text())["text"]
-    tokenizers = Tokenizers.load(tiny[0] / "tokenizers", text["t5_length"], text["clip_length"])
+    bundle = default.paths()[0]
+    text = json.loads((bundle / "bundle.json").read_text())["text"]
+    tokenizers = Tokenizers.load(bundle / "tokenizers", text["t5_length"], text["clip_length"])
     loaders = [make_loader(data, tokenizers, global_batch=2) for _ in range(2)]
     try:
         for _ in range(13):

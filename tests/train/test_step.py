@@ -16,8 +16,9 @@ from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.registry import FAMILIES
 from dynaip_jax.pipeline import DynaIPPipeline
 from dynaip_jax.sharding import MeshConfig, make_mesh
-from train import config as config_
+from tests.train.runs import tiny_recipe
 from train import models
+from train.config import OptimConfig
 from train.export import export
 from train.loop import train
 from train.photographs import prepare_photographs
@@ -28,13 +29,13 @@ STEP = jax.jit(train_step, static_argnums=0)
 
 @pytest.fixture(scope="module")
 def config(tiny, tmp_path_factory):
-    """The debug recipe on the session's tiny bundle, smaller pictures."""
+    """The debug recipe on the tiny bundle, with the photographs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         photographs = prepare_photographs()
-    debug = config_.load(config_.Path("configs/debug.py"))
-    data = dataclasses.replace(debug.data, path=str(photographs), resolution=64, workers=0)
-    return dataclasses.replace(debug, data=data, bundle=str(tiny[0]), log_every=1)
+    recipe = tiny_recipe(tiny)
+    data = dataclasses.replace(recipe.data, path=str(photographs), workers=0)
+    return dataclasses.replace(recipe, data=data, log_every=1)
 
 
 def fixed(config, **changes):
@@ -215,7 +216,7 @@ def test_times_follow_the_shifted_logit_normal():
 
 
 def test_warmup_clipping_and_decay_of_matrices_only():
-    c = config_.OptimConfig(rate=1.0, warmup=4, decay_steps=8, final=0.1, clip=1.0, weight_decay=0.5)
+    c = OptimConfig(rate=1.0, warmup=4, decay_steps=8, final=0.1, clip=1.0, weight_decay=0.5)
     params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
     tx = optimizer(c)
     state = tx.init(params)
