@@ -69,10 +69,10 @@ FIELDS = [
     (("--data.path", "/missing"), "dataset /missing: no dataset_info.json", "python -m train.prepare"),
     (("--batch", 9), "dataset: 8 rows for a global batch of 9"),
     (("--data.remove-background",), "data.remove_background: 8 of 8 rows", "have no mask (row 1 is the first)"),
-    (("--data.clip-size", 48), "--data.clip-size 48: the CLIP of", "takes 32 pixels; set it to that"),
-    (("--adapter.levels", 10, 17, 24), "--adapter.levels (10, 17, 24): the CLIP of", "has 4 layers"),
+    (("--data.clip-size", 48), "--data.clip-size 48: the CLIP of", "takes 64 pixels; set it to that"),
+    (("--adapter.levels", 10, 17, 24), "--adapter.levels (10, 17, 24): the CLIP of", "has 6 layers"),
     (("--bundle", "/missing"), "/missing"),
-    (("--sample.every", 1, "--sample.size", 40), "--sample.size 40: expected a multiple of 16"),
+    (("--sample.every", 1, "--sample.size", 36), "--sample.size 36: expected a multiple of 8"),
     (("--resume", "--overwrite"), "--resume and --overwrite: they exclude each other; pass one"),
 ]
 
