@@ -108,6 +108,7 @@ def save_params(folder: Path, params: Mapping[str, Any]) -> None:
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), params)
+    (folder / "commit_success.txt").unlink(missing_ok=True)  # names a folder of this machine, and only buckets need it
 
 
 @dataclass(frozen=True)
