@@ -1,4 +1,4 @@
-"""The embedded model of Shapeland on scikit-image's photographs: shows in seconds, on a CPU, that training works.
+"""The embedded model of Shapeland on scikit-image's photographs: shows in about a minute, on a CPU, that training works.
 
 Command:   python -m train.main --config configs/debug.py --workdir runs/debug
 Hardware:  any CPU
