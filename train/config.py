@@ -93,6 +93,7 @@ class TrainConfig:
     batch: int = 16
     accumulate: int = 1  # micro-batches a step
     guidance: float = 1.0  # embedded in a guidance-distilled base
+    random_granularity: float = 0.0  # share of samples with random weights of the levels, so that each also works alone
     time_mean: float = 0.0  # t = sigmoid(N(mean, std)), then the sampler's own shift
     time_std: float = 1.0
     fixed_noise: bool = False  # the same noise and times every step: to see whether a model can learn at all
@@ -108,6 +109,8 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.random_granularity <= 1:
+            raise UserError(f"--random-granularity {self.random_granularity}: expected a share from 0 to 1")
         if self.batch % self.accumulate:
             raise UserError(
                 f"--accumulate {self.accumulate}: does not divide --batch {self.batch}; choose one that does"

@@ -82,6 +82,7 @@ def make_recipe(config: TrainConfig, bundle: Bundle) -> Recipe:
         optim=config.optim,
         accumulate=config.accumulate,
         guidance=config.guidance,
+        random_granularity=config.random_granularity,
         time_mean=config.time_mean,
         time_std=config.time_std,
         fixed_noise=config.fixed_noise,

@@ -42,6 +42,9 @@ class Features(NamedTuple):
     pooled: jax.Array  # [b, c] of CLIP text
     levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
     keep_image: jax.Array  # [b]: 0 where the image prompt is dropped
+    granularity: jax.Array | None = (
+        None  # [b, 3]: weights of the levels, zeros where the router decides; None: everywhere
+    )
 
 
 class TrainState(NamedTuple):
@@ -63,6 +66,7 @@ class Recipe:
     optim: OptimConfig
     accumulate: int
     guidance: float
+    random_granularity: float
     time_mean: float
     time_std: float
     fixed_noise: bool
@@ -160,7 +164,17 @@ def features_of(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Ar
         pooled=encoded.pooled,
         levels=encoded.levels,
         keep_image=batch.keep_image,
+        granularity=_granularity(recipe, step, b)
+        if recipe.adapter is not None and recipe.random_granularity > 0
+        else None,
     )
+
+
+def _granularity(recipe: Recipe, step: jax.Array, b: int) -> jax.Array:
+    """Random weights `[b, 3]`, often mostly of one level, for a share of the samples; zeros for the others."""
+    weights_key, share_key = jax.random.split(recipe.key(step, 4))
+    weights = jax.random.dirichlet(weights_key, jnp.full(3, 0.5), (b,))
+    return weights * (jax.random.uniform(share_key, (b, 1)) < recipe.random_granularity)
 
 
 def loss(recipe: Recipe, params: dict[str, Any], features: Features) -> tuple[jax.Array, dict[str, Any]]:
@@ -171,7 +185,11 @@ def loss(recipe: Recipe, params: dict[str, Any], features: Features) -> tuple[ja
     prompt, sums = None, {}
     if recipe.adapter is not None:
         adapter: Any = DynaIP(recipe.adapter)
-        prompt, weights = adapter.apply({"params": params["adapter"]}, f.levels)
+        prompt, weights = adapter.apply(
+            {"params": params["adapter"]},
+            f.levels,
+            granularity=None if f.granularity is None else f.granularity[:, None],
+        )
         prompt = prompt.scaled(f.keep_image[None, :, None])
         sums["routing"] = weights.reshape(b, -1, 3).mean(axis=1).sum(axis=0)
         sums["key_rms"] = b * _rms(prompt.double.k)

@@ -73,7 +73,8 @@ class DynaIP(nn.Module):
 
     - `features`: three arrays `[b, s, m, clip_width]`, CLIP's hidden states of each subject's picture, low to high;
     - `image_gain`, `text_gain`: scalar, `[s]` or `[b, s]`. Training: 1 and 1. Inference: the user's scale, and 0 (DDS);
-    - `granularity`: None (the router decides) or non-negative `[3]` or `[s, 3]`, normalised here;
+    - `granularity`: None (the router decides) or non-negative `[3]`, `[s, 3]` or `[b, s, 3]`, normalised here; the router also
+      decides where all three are 0;
     - `region`: `[b or 1, s, i]` or None; `words`: `[b or 1, s, t]` or None. Both: see `ImagePrompt`.
 
     Returns the `ImagePrompt` and the routing weights used, float32 `[b, s, 3]` (router "token": `[b, s, m, 3]`).

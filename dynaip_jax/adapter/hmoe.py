@@ -57,7 +57,7 @@ class HMoE(nn.Module):
 
     F = sum_l w_l E_l(f_l) with experts E_l = Linear(GELU(Linear(LayerNorm(f)))) and w = softmax of the router, float32 `[b, 3]`
     (router "image") or `[b, m, 3]` ("token"). `granularity` `[b or 1, 3]`, non-negative, replaces the router's weights after
-    being normalised to sum 1; the weights returned are those used. Source: DESIGN section 2, "HMoE-FFM".
+    being normalised to sum 1, but for rows of zeros; the weights returned are those used. Source: docs/method.md, "HMoE-FFM".
     """
 
     config: HMoEConfig
@@ -79,8 +79,9 @@ class HMoE(nn.Module):
             weights = jnp.broadcast_to(jnp.asarray(c.weights) / sum(c.weights), shape)
         if granularity is not None:
             granularity = jnp.asarray(granularity, jnp.float32)
-            granularity = granularity / granularity.sum(axis=-1, keepdims=True)
-            weights = jnp.broadcast_to(granularity[:, None] if c.router == "token" else granularity, weights.shape)
+            granularity = granularity[:, None] if c.router == "token" else granularity
+            total = granularity.sum(axis=-1, keepdims=True)
+            weights = jnp.where(total > 0, granularity / jnp.where(total > 0, total, 1), weights)
 
         low, mid, high = (Expert(c, name=f"expert_{name}")(f) for name, f in zip(LEVEL_NAMES, features, strict=True))
         mix = (weights if c.router == "token" else weights[:, None]).astype(c.dtype)

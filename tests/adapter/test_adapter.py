@@ -51,6 +51,15 @@ def test_granularity_replaces_the_router_and_is_normalised(router):
     assert float(jnp.abs(tokens - run()[0]).max()) > 1e-3
 
 
+@pytest.mark.parametrize("router", ["image", "token"])
+def test_the_router_decides_where_granularity_is_all_zeros(router):
+    _, _, run = hmoe(router=router)
+    asked = jnp.array([[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]])[: len(FEATURES[0])]
+    weights, own = run(asked)[1], run()[1]
+    np.testing.assert_allclose(weights[0], np.broadcast_to([0, 0.25, 0.75], weights[0].shape), atol=1e-6)
+    np.testing.assert_array_equal(weights[1], own[1])
+
+
 def test_only_the_chosen_level_matters_at_the_end_of_the_scale():
     module, params = HMoE(TINY), None
     params = random_params(module, FEATURES)

@@ -61,6 +61,7 @@ FIELDS = [
     (("--batch", "four"), "--batch", "four"),
     (("--trainable", "nothing"), "--trainable", "nothing"),
     (("--batch", 0), "--batch 0: expected at least 1"),
+    (("--random-granularity", 1.5), "--random-granularity 1.5: expected a share from 0 to 1"),
     (("--batch", 6, "--accumulate", 4), "--accumulate 4: does not divide --batch 6"),
     (("--fresh-base",), "--fresh-base: a frozen base must not be random; pass --trainable base or all"),
     (("--data.drop-image", 2), "data.drop_image 2.0: expected a number from 0 to 1"),

@@ -22,7 +22,7 @@ from train.config import OptimConfig
 from train.export import export
 from train.loop import train
 from train.photographs import prepare_photographs
-from train.step import Features, _matrices, features_of, init_state, optimizer, train_step
+from train.step import Features, _granularity, _matrices, features_of, init_state, optimizer, train_step
 
 STEP = jax.jit(train_step, static_argnums=0)
 
@@ -187,6 +187,19 @@ def test_a_dropped_image_prompt_is_exactly_the_base(setup):
     _, plain = STEP(base, alone, {}, features._replace(levels=None))
     assert float(off["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6) and float(off["grad_norm"]) == 0
     assert abs(float(on["loss"]) - float(plain["loss"])) > 1e-3
+
+
+def test_a_share_of_the_samples_has_random_weights_of_the_levels(setup):
+    recipe, frozen, state, features = setup
+    some = dataclasses.replace(recipe, random_granularity=0.3)
+    drawn = np.asarray(_granularity(some, jnp.array(5), 4000))
+    mixed = drawn.sum(axis=1) > 0
+    assert mixed.mean() == pytest.approx(0.3, abs=0.03)
+    np.testing.assert_allclose(drawn[mixed].sum(axis=1), 1, atol=1e-5)
+    assert (np.abs(drawn[mixed].mean(axis=0) - 1 / 3) < 0.05).all()
+    mid = jnp.zeros((8, 3)).at[:4, 1].set(1)
+    _, metrics = STEP(recipe, state, frozen, features._replace(granularity=mid))
+    np.testing.assert_allclose(metrics["routing"], [1 / 6, 4 / 6, 1 / 6], atol=1e-6)  # the fresh router: all alike
 
 
 def test_loss_is_the_flow_matching_error_of_the_base(setup):
