@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from dynaip_jax import default
-from dynaip_jax.bundle import NewComponent, flatten, read_tree, replacing, write_bundle
+from dynaip_jax.bundle import Bundle, NewComponent, flatten, read_tree, replace_component, replacing, write_bundle
 from dynaip_jax.data import images, synthetic
 from dynaip_jax.data.sources import DataConfig
 from dynaip_jax.data.store import write_dataset
@@ -37,7 +37,7 @@ from dynaip_jax.eval.judge import Judge, init_judge
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from dynaip_jax.models.flux import FluxConfig
-from dynaip_jax.models.registry import COMPONENTS, config_to_dict, init_params
+from dynaip_jax.models.registry import COMPONENTS, FAMILIES, config_to_dict, init_params
 from dynaip_jax.models.t5 import T5Config
 from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.pipeline import DynaIPPipeline
@@ -80,6 +80,8 @@ BASE = TrainConfig(
     fresh_base=True,
     steps=4200,
     batch=64,
+    time_mean=0.8,  # towards noise, where it is decided what is drawn
+    time_std=1.2,
     dtype="float32",
     remat="none",
     log_every=25,
@@ -90,6 +92,7 @@ ADAPTER = dataclasses.replace(
     BASE,
     optim=dataclasses.replace(BASE.optim, decay_steps=1400),
     adapter=dataclasses.replace(BASE.adapter, blocks="all"),
+    random_granularity=0.3,
     trainable="adapter",
     fresh_base=False,
     steps=1400,
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--go-on",
         action="store_true",
-        help="start from the models in the package: train base and adapter further, keep the rest",
+        help="start from the models in the package: train base and judge further, T5 and adapter anew, keep the rest",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of worlds, weights and order (default 0)")
     args = parser.parse_args(argv)
@@ -284,24 +287,42 @@ def _caption(seed: int, n: int) -> str:
 
 
 def train_text(folder: Path, seed: int) -> None:
-    """T5's encoder by masked words: a third of the words are hidden, and named from the rest."""
+    """T5's encoder by naming words: each state must tell its own word, a share of which is hidden, and the words `NEAR` to it.
+
+    Masked words alone leave the states of words of a kind nearly alike, and do not ask which subject stands where.
+    """
     tokenizers = _load_tokenizers()
     captions = _in_processes(partial(_caption, seed), 20_000)
     ids = tokenizers.t5(captions)
     module = COMPONENTS["t5"].module(CONFIGS["t5"])
 
     def loss(params, batch, key):
-        hidden = (jax.random.uniform(key, batch.shape) < 0.33) & (batch >= len(SPECIAL))
+        words = batch >= len(SPECIAL)
+        hidden = words & (jax.random.uniform(key, batch.shape) < HIDDEN)
         states = module.apply({"params": params["t5"]}, jnp.where(hidden, SPECIAL.index("<mask>"), batch))
-        logits = states @ params["head"]
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch[..., None], -1)[..., 0]
-        right = (logits.argmax(-1) == batch) & hidden
-        return (nll * hidden).sum() / hidden.sum(), dict(accuracy=right.sum() / hidden.sum())
+        cost, right, asked = 0.0, 0, 0
+        for offset in NEAR:
+            target = jnp.roll(batch, -offset, axis=1)
+            there = words & jnp.roll(words, -offset, axis=1)
+            logits = states @ params["heads"][str(offset)]
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], -1)[..., 0]
+            cost += (nll * there).sum() / there.sum()
+            right, asked = right + ((logits.argmax(-1) == target) & there).sum(), asked + there.sum()
+        return cost / len(NEAR), dict(accuracy=right / asked)
 
-    head = jax.random.normal(jax.random.key(seed + 1), (CONFIGS["t5"].d_model, len(WORDS))) * 0.05
-    params = dict(t5=init_params("t5", CONFIGS["t5"], jax.random.key(seed)), head=head)
-    params = fit(folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], 400, 2e-3, seed)
+    keys = jax.random.split(jax.random.key(seed + 1), len(NEAR))
+    heads = {
+        str(offset): jax.random.normal(key, (CONFIGS["t5"].d_model, len(WORDS))) * 0.05
+        for offset, key in zip(NEAR, keys, strict=True)
+    }
+    params = dict(t5=init_params("t5", CONFIGS["t5"], jax.random.key(seed)), heads=heads)
+    params = fit(
+        folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], T5_STEPS, 2e-3, seed
+    )
     _save(folder / WEIGHTS, params["t5"])
+
+
+T5_STEPS, HIDDEN, NEAR = 1600, 0.15, range(-4, 5)
 
 
 def _described(seed: int, n: int) -> tuple[np.ndarray, str]:
@@ -371,7 +392,7 @@ def _labels(scene: synthetic.Scene) -> dict[str, Any]:
     return {name: x[0].astype(np.int32) for name, x in shapeland.truth([scene])._asdict().items()}
 
 
-def train_judge(folder: Path, seed: int) -> None:
+def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
     """Attributes by cross-entropy, identity by telling the same subject from others of its class."""
     pool = _in_processes(partial(_judged, seed), JUDGE_POOL)
     pictures = np.stack([[image for image, _ in three] for three in pool])
@@ -416,7 +437,8 @@ def train_judge(folder: Path, seed: int) -> None:
         pick = lambda x: np.concatenate([x[r, view] for r, view in parts])  # noqa: E731
         return pick(pictures), jax.tree.map(pick, labels)
 
-    params = fit(folder / "run", init_judge(jax.random.key(seed)), loss, batch_of, JUDGE_STEPS, 2e-3, seed)
+    params = init_judge(jax.random.key(seed)) if fresh else read_tree(default.JUDGE)
+    params = fit(folder / "run", params, loss, batch_of, JUDGE_STEPS, 2e-3, seed)
     _save(folder / WEIGHTS, params)
 
 
@@ -461,13 +483,12 @@ def write_encoders(folder: Path, seed: int) -> None:
 
 
 def keep_encoders(folder: Path, seed: int) -> None:
-    """The package's bundle in place of a new one."""
-    shutil.copytree(default.paths()[0], folder / "bundle", dirs_exist_ok=True)
-
-
-def keep_judge(folder: Path, seed: int) -> None:
-    """The package's judge in place of a new one."""
-    shutil.copy(default.JUDGE, folder / WEIGHTS)
+    """The package's bundle with the T5 trained here."""
+    params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(SHIPPED)), read_tree(folder.parent / "text" / WEIGHTS))
+    origin = dict(made_by=f"train.shapeland --go-on, seed {seed}")
+    replace_component(
+        Bundle.open(default.paths()[0], FAMILIES), folder / "bundle", "t5", params, origin, overwrite=True
+    )
 
 
 def train_base(folder: Path, seed: int, fresh: bool = True) -> None:
@@ -562,8 +583,8 @@ STAGES: dict[str, Callable[[Path, int], None]] = dict(
     judge=train_judge, adapter=train_adapter, ship=ship,
 )  # fmt: skip
 KEPT: dict[str, Callable[[Path, int], None]] = dict(
-    world=write_world, encoders=keep_encoders, base=partial(train_base, fresh=False), judge=keep_judge,
-    adapter=train_adapter, ship=ship,
+    world=write_world, text=train_text, encoders=keep_encoders, base=partial(train_base, fresh=False),
+    judge=partial(train_judge, fresh=False), adapter=train_adapter, ship=ship,
 )  # fmt: skip
 EXTRA = dict(variants=train_variants)  # runs only when named
 
