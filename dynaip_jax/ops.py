@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynaip_jax import kernels
 from dynaip_jax.types import KV
-
-KERNELS = ("auto", "xla", "per_head")
 
 
 def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
@@ -57,48 +58,32 @@ def attention(
     """Softmax attention: `q` `[b, n, h, d]`, `k`, `v` `[b, m, h, d]` -> `[b, n, h, d]`; the one door to every kernel.
 
     `bias` is added to the logits, `[1 or b, h or 1, n, m]`; `scale` defaults to 1/sqrt(d). The softmax runs in float32.
-    `kernel`: "xla"; "per_head" (one head at a time: faster on CPU and light on memory); "auto" = per_head on CPU,
-    xla elsewhere, chosen by the platform the program is compiled for.
+    `kernel`: a name of `kernels.KERNELS`. "auto" takes cuDNN's or Pallas' flash attention where one fits, on a CPU one head at a
+    time, and XLA's products otherwise; a name forces it, and is a `UserError` where it does not fit.
     """
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-
-    def xla(q, k, v, bias):
-        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * scale
-        if bias is not None:
-            logits = logits + bias
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
-
-    def per_head(q, k, v, bias):
-        if bias is not None:
-            bias = jnp.moveaxis(jnp.broadcast_to(bias, (bias.shape[0], q.shape[2], *bias.shape[2:])), 1, 0)[:, :, None]
-        heads_first = (jnp.moveaxis(x, 2, 0)[..., None, :] for x in (q, k, v))
-        out = jax.lax.map(lambda xs: xla(*xs)[..., 0, :], (*heads_first, bias))
-        return jnp.moveaxis(out, 0, 2)
-
-    match kernel:
-        case "auto":
-            return jax.lax.platform_dependent(q, k, v, bias, cpu=per_head, default=xla)
-        case "xla":
-            return xla(q, k, v, bias)
-        case "per_head":
-            return per_head(q, k, v, bias)
-    raise ValueError(f"attention kernel {kernel!r}: expected one of {KERNELS}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    name = kernels.choose(kernel, q, k, v, bias)
+    if name in kernels.PLATFORM:
+        return getattr(kernels, name)(q, k, v, scale)
+    return getattr(kernels, name)(q, k, v, scale, bias)
 
 
-def reference_attention(q: jax.Array, kv: KV, gain: jax.Array, merge: str = "sum") -> jax.Array:
+def reference_attention(q: jax.Array, kv: KV, gain: jax.Array, merge: str = "sum", kernel: str = "auto") -> jax.Array:
     """Sum over subjects of gain · softmax(q K_sᵀ/√d) V_s: `q` `[b, n, h, d]`, K and V `[b or 1, s, m, h, d]` -> `[b, n, h, d]`.
 
-    `gain` `[b, n, s]` weighs each subject in each row. The softmax runs in float32 over the tokens `m` of one subject
-    (`merge` "sum"), or over those of all subjects, which then compete for a row ("concat"). The gain is applied to the
-    weights, so that no output per subject is ever held. Source: docs/method.md, "Injection".
+    `gain` `[b, n, s]` weighs each subject in each row. The softmax runs over the tokens `m` of one subject (`merge` "sum", with
+    `kernel` as in `attention`), or over those of all subjects, which then compete for a row ("concat"; the gain is then applied
+    to the weights). Source: docs/method.md, "Injection".
     """
     b, d = q.shape[0], q.shape[-1]
     k, v = (jnp.broadcast_to(x, (b, *x.shape[1:])).astype(q.dtype) for x in kv)
-    logits = jnp.einsum("bnhd,bsmhd->bhnsm", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    weights = jax.nn.softmax(logits, axis=(-2, -1) if merge == "concat" else -1) * gain[:, None, :, :, None]
-    return jnp.einsum("bhnsm,bsmhd->bnhd", weights.astype(q.dtype), v)
+    if merge == "concat":
+        logits = jnp.einsum("bnhd,bsmhd->bhnsm", q, k, preferred_element_type=jnp.float32) * d**-0.5
+        weights = jax.nn.softmax(logits, axis=(-2, -1)) * gain[:, None, :, :, None]
+        return jnp.einsum("bhnsm,bsmhd->bnhd", weights.astype(q.dtype), v)
+    gain = gain.astype(q.dtype)
+    terms = (attention(q, k[:, s], v[:, s], kernel=kernel) * gain[:, :, s, None, None] for s in range(k.shape[1]))
+    return functools.reduce(jnp.add, terms)
 
 
 def row_gain(gain: jax.Array, region: jax.Array | None, batch: int, rows: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, and one table from logical axis names to mesh axes."""
+"""Where arrays live: the mesh, and one table from logical axis names to mesh axes, of parameters and of activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynaip_jax.errors import UserError
 
@@ -19,17 +19,23 @@ AXES = ("data", "fsdp", "tensor")
 # (jax 0.10.2, CPU) swaps samples between devices on a mesh whose three axes are all above 1; tests/train/test_devices.py.
 BATCH = ("fsdp", "data")
 
-RULES: Mapping[str | None, str | None] = {  # logical axis -> mesh axis; a name that is not here is an error
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "conv_out": "fsdp",
-    "conv_in": None,
-    "head_dim": None,
-    "layers": None,
-    None: None,
+RULES: Mapping[str | None, tuple[str, ...]] = {  # logical axis -> mesh axes; a name that is not here is an error
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "conv_out": ("fsdp", "tensor"),
+    "conv_in": (),
+    "head_dim": (),
+    "layers": (),
+    "batch": BATCH,  # this and "heads", "mlp": of activations too
+    None: (),
 }
+
+# logical axes of activations
+ROWS = ("batch", None, None)  # [b, n, c]
+WIDE = ("batch", None, "mlp")  # [b, n, width of an MLP]
+HEADS = ("batch", None, "heads", None)  # [b, n, h, d]
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,19 @@ class MeshConfig:
     data: int = -1  # copies of everything, each with its part of the batch
     fsdp: int = 1  # parameters and optimizer state split; batch split too
     tensor: int = 1  # heads and MLP width split
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """ "data=2,fsdp=4" -> its `MeshConfig`; axes that are not named have size 1. Raises `UserError` for anything else."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or not size.removeprefix("-").isdigit():
+            raise UserError(
+                f"--mesh {text}: {part.strip()!r}; expected such as data=2,fsdp=4,tensor=1 (-1: all that are left)"
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
@@ -59,19 +78,31 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices))
 
 
-def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of an array by its logical axis `names`. An axis that its mesh axis does not divide stays whole, and
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The partition of an array by its logical axis `names`. An axis is split over as many of its mesh axes as divide it, and
     no mesh axis is used twice. Raises `KeyError` for a name without a rule."""
     used: set[str] = set()
-    parts: list[str | None] = []
+    parts: list[tuple[str, ...] | str | None] = []
     for name, size in zip(names, shape, strict=True):
-        axis = RULES[name]
-        if axis is None or axis in used or size % mesh.shape[axis]:
-            parts.append(None)
-        else:
-            used.add(axis)
-            parts.append(axis)
+        taken: list[str] = []
+        for axis in RULES[name]:
+            if axis not in used and size % math.prod(mesh.shape[a] for a in (*taken, axis)) == 0:
+                taken.append(axis)
+        used.update(taken)
+        parts.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
     return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with its logical axis `names` laid out over the mesh in use (`jax.set_mesh`); as it is if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what a program traced now is for, by the mesh in use or else by JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -106,3 +137,9 @@ def abstract(boxed: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a boxed abstract tree, as `jax.ShapeDtypeStruct`s: what a checkpoint restores to."""
     plain = nn.meta.unbox(boxed)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings(boxed, mesh))
+
+
+def on_one_device(tree: Any) -> Any:
+    """Shapes and dtypes of an abstract tree, all on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from dynaip_jax.adapter.hmoe import HMoE, HMoEConfig
 from dynaip_jax.models.layers import parameter
+from dynaip_jax.sharding import constrain
 from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
 
 
@@ -123,7 +124,8 @@ class Bank(nn.Module):
         def project(name, init):
             axes = ("layers", "embed", "heads", "head_dim")
             kernel = parameter(self, name, init, axes, shape, c.param_dtype)
-            return jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(c.dtype), kernel.astype(c.dtype))
+            x = jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(c.dtype), kernel.astype(c.dtype))
+            return constrain(x, "layers", "batch", None, None, "heads", "head_dim")
 
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
         k, v = project("key", lecun), project("value", nn.initializers.zeros)

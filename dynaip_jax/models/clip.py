@@ -31,7 +31,7 @@ LEGACY_EOS = 2  # the wrong `eos_token_id` of old config files: there the highes
 class _TowerConfig:
     """What both towers have, in transformers' field names.
 
-    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `ops.KERNELS`; `dtype`: activations and matrix
+    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `dtype`: activations and matrix
     products; `param_dtype`: the parameters that `init` makes.
     """
 

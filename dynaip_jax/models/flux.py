@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dynaip_jax import ops
+from dynaip_jax.kernels import KERNELS
 from dynaip_jax.models.layers import LayerNorm, RMSNorm, linear, scanned
+from dynaip_jax.sharding import HEADS, ROWS, WIDE, constrain
 from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
 
 
@@ -44,7 +46,7 @@ class Shared(NamedTuple):
 class FluxConfig:
     """Sizes of the transformer, in BFL's field names, and how it is computed.
 
-    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `ops.KERNELS`; `dtype`: activations and matrix products;
+    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `dtype`: activations and matrix products;
     `param_dtype`: the parameters that `init` makes. Of the reference term, as the adapter was trained: `reference_query`, one
     of `types.QUERIES`; `reference_merge`, one of `types.MERGES` (see `ops.reference_attention`). `region_sharpness`: exponent
     of `ops.auto_region`; 0 gives every subject the same share everywhere.
@@ -79,7 +81,7 @@ class FluxConfig:
             raise ValueError(
                 f"axes_dim {self.axes_dim}: expected even numbers that add up to the head size {self.head_dim}"
             )
-        for name, allowed in (("attention", ops.KERNELS), ("reference_query", QUERIES), ("reference_merge", MERGES)):
+        for name, allowed in (("attention", KERNELS), ("reference_query", QUERIES), ("reference_merge", MERGES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {allowed}")
 
@@ -137,7 +139,7 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, vec: jax.Array) -> list[jax.Array]:
         c = self.config
-        out = _linear(c, (self.parts, c.hidden_size), (None, None, "mlp"), "lin")(nn.silu(vec))
+        out = _linear(c, (self.parts, c.hidden_size), ("embed", None, "mlp"), "lin")(nn.silu(vec))
         return [out[:, None, p] for p in range(self.parts)]
 
 
@@ -167,8 +169,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = nn.gelu(_linear(c, c.mlp_dim, ("embed", "mlp"), "in_layer")(x), approximate=True)
-        return _linear(c, c.hidden_size, ("mlp", "embed"), "out_layer")(x)
+        x = constrain(_linear(c, c.mlp_dim, ("embed", "mlp"), "in_layer")(x), *WIDE)
+        return _linear(c, c.hidden_size, ("mlp", "embed"), "out_layer")(nn.gelu(x, approximate=True))
 
 
 class DoubleBlock(nn.Module):
@@ -193,7 +195,7 @@ class DoubleBlock(nn.Module):
         txt = txt + txt_mod[2] * _attn_out(c, "txt_attn_proj")(txt_attn)
         img = img + img_mod[5] * MLP(c, name="img_mlp")(_modulate(img, *img_mod[3:5]))
         txt = txt + txt_mod[5] * MLP(c, name="txt_mlp")(_modulate(txt, *txt_mod[3:5]))
-        return (img, txt), None
+        return (constrain(img, *ROWS), constrain(txt, *ROWS)), None
 
 
 class SingleBlock(nn.Module):
@@ -209,11 +211,10 @@ class SingleBlock(nn.Module):
         x = _modulate(rows, shift, scale)
         q, k, v = QKV(c, name="attn")(x)
         attn = _attend(c, q, k, v, shared, prompt, text_rows=self.text_rows)
-        mlp = nn.gelu(_linear(c, c.mlp_dim, ("embed", "mlp"), "mlp_in")(x), approximate=True)
-        out = _attn_out(c, "attn_out", use_bias=False)(attn) + _linear(c, c.hidden_size, ("mlp", "embed"), "mlp_out")(
-            mlp
-        )
-        return rows + gate * out, None
+        mlp = constrain(_linear(c, c.mlp_dim, ("embed", "mlp"), "mlp_in")(x), *WIDE)
+        mlp = _linear(c, c.hidden_size, ("mlp", "embed"), "mlp_out")(nn.gelu(mlp, approximate=True))
+        out = _attn_out(c, "attn_out", use_bias=False)(attn) + mlp
+        return constrain(rows + gate * out, *ROWS), None
 
 
 class Flux(nn.Module):
@@ -249,8 +250,8 @@ class Flux(nn.Module):
         if guidance is not None:
             vec = vec + MLPEmbedder(c, name="guidance_in")(ops.timestep_embedding(guidance, 256).astype(c.dtype))
         vec = vec + MLPEmbedder(c, name="vector_in")(pooled.astype(c.dtype))
-        img = _linear(c, c.hidden_size, (None, "embed"), "img_in")(img.astype(c.dtype))
-        txt = _linear(c, c.hidden_size, (None, "embed"), "txt_in")(txt.astype(c.dtype))
+        img = constrain(_linear(c, c.hidden_size, (None, "embed"), "img_in")(img.astype(c.dtype)), *ROWS)
+        txt = constrain(_linear(c, c.hidden_size, (None, "embed"), "txt_in")(txt.astype(c.dtype)), *ROWS)
         ids_batch = max(txt_ids.shape[0], img_ids.shape[0])
         ids = [jnp.broadcast_to(x, (ids_batch, *x.shape[1:])) for x in (txt_ids, img_ids)]
         rope = ops.rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta)
@@ -303,6 +304,7 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, text_rows: int) -> jax.Array:
     """Joint attention with RoPE, plus the reference term (docs/method.md, "Injection"), whose keys stand at position 0."""
+    q, k, v = (constrain(x, *HEADS) for x in (q, k, v))
     rotated, keys = ops.apply_rope(q, shared.rope), ops.apply_rope(k, shared.rope)
     attn = ops.attention(rotated, keys, v, kernel=c.attention)
     if prompt is None:
@@ -321,7 +323,7 @@ def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, 
         axis=1,
     )
     query = rotated if c.reference_query == "after_rope" else q
-    return attn + ops.reference_attention(query, prompt.kv, gain, c.reference_merge)
+    return attn + ops.reference_attention(query, prompt.kv, gain, c.reference_merge, c.attention)
 
 
 def _split_prompt(c: FluxConfig, prompt: ImagePrompt | None, text_rows: int):

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from dynaip_jax import ops
 from dynaip_jax.errors import UserError
+from dynaip_jax.kernels import KERNELS
 from dynaip_jax.models.layers import REMAT_POLICIES
 
 OURS = ("dtype", "param_dtype", "remat", "attention")  # a config.json's own `dtype` says how its weights were saved
@@ -21,7 +21,7 @@ def check_config(config: Any, *sizes: str) -> None:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} {value!r}: expected a whole number above 0")
-    for name, known in (("remat", tuple(REMAT_POLICIES)), ("attention", ops.KERNELS)):
+    for name, known in (("remat", tuple(REMAT_POLICIES)), ("attention", KERNELS)):
         if getattr(config, name) not in known:
             raise ValueError(f"{name} {getattr(config, name)!r}: expected one of {known}")
 

@@ -20,13 +20,14 @@ from jax.typing import DTypeLike
 from dynaip_jax import ops
 from dynaip_jax.models.hf import check_config, config_from_hf
 from dynaip_jax.models.layers import RMSNorm, embedding, linear, scanned
+from dynaip_jax.sharding import HEADS, ROWS, WIDE, constrain
 
 
 @dataclass(frozen=True)
 class T5Config:
     """Sizes of the encoder, in transformers' field names and with its defaults, and how it is computed.
 
-    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `ops.KERNELS`; `dtype`: matrix products and the
+    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `dtype`: matrix products and the
     output; `param_dtype`: the parameters that `init` makes. Raises `ValueError` for sizes that do not fit.
     """
 
@@ -100,15 +101,15 @@ class T5Block(nn.Module):
         c = self.config
         h = _norm(c, "attn_norm")(x)
         heads, axes = (c.num_heads, c.d_kv), ("embed", "heads", "head_dim")
-        q, k, v = (_linear(c, heads, axes, name)(h) for name in "qkv")
+        q, k, v = (constrain(_linear(c, heads, axes, name)(h), *HEADS) for name in "qkv")
         attn = ops.attention(q, k, v, bias=bias, scale=1.0, kernel=c.attention)
         x = x + _linear(c, c.d_model, ("heads", "head_dim", "embed"), "o", axis=(-2, -1))(attn)
 
         h = _norm(c, "mlp_norm")(x)
-        gate = nn.gelu(_linear(c, c.d_ff, ("embed", "mlp"), "wi_0")(h), approximate=True)
-        h = gate * _linear(c, c.d_ff, ("embed", "mlp"), "wi_1")(h)
+        gate, h = (constrain(_linear(c, c.d_ff, ("embed", "mlp"), name)(h), *WIDE) for name in ("wi_0", "wi_1"))
+        h = nn.gelu(gate, approximate=True) * h
         wide = jnp.float32 if c.dtype == jnp.float16 else c.dtype  # this product outgrows float16 in T5-XXL
-        return x + _linear(c, c.d_model, ("mlp", "embed"), "wo", dtype=wide)(h), None
+        return constrain(x + _linear(c, c.d_model, ("mlp", "embed"), "wo", dtype=wide)(h), *ROWS), None
 
 
 class T5Encoder(nn.Module):
