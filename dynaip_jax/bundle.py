@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,10 +241,17 @@ def write_bundle(
 
 
 def replace_component(
-    bundle: Bundle, path: Path, name: str, params: Mapping[str, Any], origin: dict[str, Any], *, overwrite: bool = False
+    bundle: Bundle,
+    path: Path,
+    name: str,
+    params: Mapping[str, Any],
+    origin: dict[str, Any],
+    *,
+    config: dict[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a copy of `bundle` to `path` with other parameters, of the same shapes, for one component; `origin` says
-    where they came from."""
+    """Writes a copy of `bundle` to `path` with other parameters for one component, of the same shapes unless another `config`
+    is given; `origin` says where they came from."""
     with replacing(path, overwrite=overwrite, option="--bundle") as work:
         for part in bundle.path.iterdir():
             if part.is_dir() and part.name != name:
@@ -253,6 +261,8 @@ def replace_component(
         manifest["components"][name] |= dict(
             dtype=str(next(iter(flatten(params).values())).dtype),
             provenance=[*manifest["components"][name]["provenance"], origin],
+            parameters=sum(int(np.prod(x.shape)) for x in flatten(params).values()),
+            config=manifest["components"][name]["config"] if config is None else config,
         )
         if name == "transformer":
             manifest["fingerprint"] = fingerprint(params)
@@ -306,7 +316,10 @@ def read_adapter_manifest(path: str | Path, *, base: Bundle, any_base: bool = Fa
 
 
 def read_adapter_weights(path: str | Path, target: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter's tree, as NumPy arrays of `target`'s shapes. Raises `UserError` if names, shapes or values are not right."""
+    """The adapter's tree in the shapes, dtypes and shardings of `target`; each device reads its part alone. Raises `UserError` if
+    names, shapes or values are not right."""
+    import jax
+    import jax.numpy as jnp
     from flax.traverse_util import unflatten_dict
 
     from dynaip_jax.tensorfile import TensorFile
@@ -321,11 +334,17 @@ def read_adapter_weights(path: str | Path, target: Mapping[str, Any]) -> dict[st
             f"{path}: {len(wrong)} tensors do not fit {ADAPTER_FILE}; the first, {name}: found {found.get(name)}, "
             f"expected {expected.get(name)}; export the adapter again"
         )
-    params = {k: file[k] for k in file}
-    for k, v in params.items():
-        if not np.isfinite(v.astype(np.float32)).all():
+    params = {}
+    for k, t in flatten(target).items():
+        x = jax.make_array_from_callback(t.shape, t.sharding, partial(_read_part, file, k, t.dtype))
+        if not bool(jnp.isfinite(x).all()):
             raise UserError(f"{path}: {k} holds NaN or infinity; expected finite weights; export an earlier checkpoint")
+        params[k] = x
     return unflatten_dict(params, sep=".")
+
+
+def _read_part(file: Any, name: str, dtype: Any, part: tuple[slice, ...]) -> np.ndarray:
+    return np.asarray(file.part(name, part), dtype)
 
 
 def _read_manifest(path: Path, file: str, kind: str, option: str, remedy: str) -> dict[str, Any]:

@@ -35,6 +35,16 @@ EVALUATE_EXAMPLES = """examples:
 """
 
 
+PLAN_EXAMPLES = """examples:
+  dynaip plan --config configs/flux_dev_1024.py --topology v5e:4x4
+      training at 1024 pixels on 16 chips of a TPU v5e
+  dynaip plan --config configs/flux_dev_1024.py --topology v5e:16x16 --mesh data=16,fsdp=16 --batch 256
+      the same on 256 chips; a recipe's fields are set as in train.main
+  dynaip plan --config configs/flux_dev_1024.py --topology v6e:2x2 --job sample
+      one picture on four chips
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = Parser(
@@ -61,6 +71,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--any-base", action="store_true", help="accept an adapter trained on another base of the same sizes"
     )
     files.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+    files.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices that share the work, such as tensor=4 or data=2,fsdp=4 (default: one device)",
+    )
+    files.add_argument(
+        "--attention",
+        choices=("auto", "xla", "per_head", "splash", "cudnn"),
+        default="auto",
+        help="kernel of the transformer (default: auto)",
+    )
     files.add_argument(
         "--output", type=Path, required=True, metavar="OUT.png", help="the picture, or the grid of several"
     )
@@ -181,6 +202,25 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise (default 0)")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     p.set_defaults(run=evaluate)
+
+    p = commands.add_parser(
+        "plan",
+        help="does a recipe fit a TPU topology or these devices, and how fast could it be",
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Compiles a recipe's real programs, for TPUs on any machine (needs libtpu: pip install 'jax[tpu]'), and prints\n"
+        "memory, exchanges between chips and what the data sheet allows. Exit status 1 if it does not fit. Runs in a checkout.",
+    )
+    p.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="a recipe, such as configs/flux_dev_1024.py"
+    )
+    p.add_argument("--topology", metavar="NAME", help="of TPUs, such as v5e:4x4 (default: the devices that are here)")
+    p.add_argument(
+        "--mesh", metavar="AXES", help="such as data=2,fsdp=8 (default: the recipe's; for sampling tensor=-1)"
+    )
+    p.add_argument("--job", choices=("train", "sample"), default="train", help="default: train")
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
+    p.set_defaults(run=plan)
     return parser
 
 
@@ -243,6 +283,7 @@ def sample(args: argparse.Namespace) -> int:
     import warnings
 
     from dynaip_jax.pipeline import DynaIPPipeline
+    from dynaip_jax.sharding import parse_mesh
 
     model, adapter = args.model, args.adapter
     if model is None:
@@ -257,7 +298,10 @@ def sample(args: argparse.Namespace) -> int:
             f"{' '.join(caption_words())}; pass --model for another",
             file=sys.stderr,
         )
-    pipe = DynaIPPipeline.load(model, adapter, dtype=args.dtype, any_base=args.any_base)
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    pipe = DynaIPPipeline.load(
+        model, adapter, dtype=args.dtype, any_base=args.any_base, mesh=mesh, attention=args.attention
+    )
     with warnings.catch_warnings(action="ignore"):
         result = pipe(args.prompt, references, masks=args.mask, progress=sys.stderr.isatty(), **options)
     for note in result.warnings:
@@ -346,6 +390,36 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    """`dynaip plan`."""
+    import importlib
+    import os
+
+    if args.topology:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    root = args.config.resolve().parent.parent
+    if not (root / "train" / "plan.py").is_file():
+        raise UserError(
+            f"--config {args.config}: {root} is no checkout of dynaip_jax; expected a recipe in its configs/; run plan there"
+        )
+    sys.path.insert(0, str(root))  # `train` is not installed: its name is too common
+    recipes, recipe_plan = (importlib.import_module(f"train.{name}") for name in ("config", "plan"))
+    from dynaip_jax import plan as planning
+    from dynaip_jax.sharding import MeshConfig, make_mesh, parse_mesh
+
+    config = recipes.override(recipes.load(args.config), args.rest)
+    usual = config.mesh if args.job == "train" else MeshConfig(data=1, fsdp=1, tensor=-1)
+    mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else usual, planning.devices(args.topology))
+    report = planning.make(recipe_plan.job(config, mesh, args.job), mesh)
+    if args.json:
+        import json
+
+        print(json.dumps(report, indent=1))
+    else:
+        print(planning.text(report))
+    return 0 if report["fits"] else 1
+
+
 class Subject(NamedTuple):
     """A reference and the words of the prompt that name it, "" for none."""
 
@@ -375,7 +449,11 @@ def _load_noise(path: Path):
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Parses `argv` and runs its command; raises `UserError` for what it cannot take."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    args.rest = rest
+    if rest and args.run is not plan:  # a recipe has fields of its own
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from dynaip_jax import flow, ops
@@ -21,6 +24,7 @@ from dynaip_jax.data import images
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.registry import COMPONENTS, FAMILIES, abstract_params
+from dynaip_jax.sharding import MeshConfig, abstract, make_mesh, on_one_device
 from dynaip_jax.text import Tokenizers
 from dynaip_jax.types import MERGES, ImagePrompt
 
@@ -57,8 +61,10 @@ class DynaIPPipeline:
         params: dict[str, Any],
         tokenizers: Tokenizers,
         adapter: tuple[DynaIPConfig, Any] | None,
+        mesh: Mesh | None = None,
     ):
         self.bundle = bundle
+        self.mesh = mesh
         self.configs = configs
         self.params = params
         self.tokenizers = tokenizers
@@ -68,12 +74,21 @@ class DynaIPPipeline:
 
     @classmethod
     def load(
-        cls, bundle: str | Path, adapter: str | Path | None = None, *, dtype: str | None = None, any_base: bool = False
+        cls,
+        bundle: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        dtype: str | None = None,
+        any_base: bool = False,
+        mesh: MeshConfig | None = None,
+        attention: str = "auto",
     ) -> DynaIPPipeline:
         """Reads a bundle and, if given, an adapter made for it.
 
         `dtype`: "float32" or "bfloat16", of weights and activations; None = float32 on CPU, bfloat16 elsewhere. The VAE decodes
-        in float32 always. `any_base` accepts an adapter trained on another base of the same sizes.
+        in float32 always. `any_base` accepts an adapter trained on another base of the same sizes. `mesh`: the devices that share
+        the work, each of which reads and holds its part of every component; None = one device. `attention`: of the transformer,
+        one of `kernels.KERNELS`.
         Raises `UserError` if anything on disk is not what it should be or does not fit together.
         """
         opened = Bundle.open(bundle, FAMILIES)
@@ -86,6 +101,7 @@ class DynaIPPipeline:
         for name in names:
             kind = jnp.float32 if name == "vae" else compute
             configs[name] = opened.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
+        configs["transformer"] = dataclasses.replace(configs["transformer"], attention=attention)
         _check_widths(opened, configs)
         adapter_config = None if adapter is None else _adapter_config(adapter, opened, configs, any_base, compute)
         if adapter_config is not None:
@@ -93,15 +109,19 @@ class DynaIPPipeline:
                 configs["transformer"], reference_query=adapter_config.query, reference_merge=adapter_config.merge
             )
 
-        params = {name: opened.load(name, abstract_params(name, configs[name])) for name in names}
+        grid = None if mesh is None else make_mesh(mesh)
+
+        def targets(boxed: Any) -> Any:
+            return on_one_device(nn.meta.unbox(boxed)) if grid is None else abstract(boxed, grid)
+
+        params = {name: opened.load(name, targets(abstract_params(name, configs[name], boxed=True))) for name in names}
         lengths = opened.manifest["text"]
         tokenizers = Tokenizers.load(opened.path / "tokenizers", lengths["t5_length"], lengths["clip_length"])
         with_adapter = None
         if adapter is not None and adapter_config is not None:
-            target = abstract_adapter_params(adapter_config)
-            weights = read_adapter_weights(adapter, target)
-            with_adapter = adapter_config, jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), weights, target)
-        return cls(opened, configs, params, tokenizers, with_adapter)
+            target = targets(abstract_adapter_params(adapter_config, boxed=True))
+            with_adapter = adapter_config, read_adapter_weights(adapter, target)
+        return cls(opened, configs, params, tokenizers, with_adapter, grid)
 
     def __call__(
         self,
@@ -199,7 +219,7 @@ class DynaIPPipeline:
 
         text = self.encode_text([prompt] + ([negative_prompt] if negative_prompt is not None else []))
         times = flow.schedule(steps, (latent[1] // 2) * (latent[2] // 2), self.schedule)
-        with _progress_bar(steps, progress) as reporting:
+        with self._on_mesh(), _progress_bar(steps, progress) as reporting:
             latents = denoise(
                 transformer,
                 self.params["transformer"],
@@ -213,7 +233,8 @@ class DynaIPPipeline:
                 reporting=reporting,
             )
             latents.block_until_ready()
-        decoded = np.asarray(decode(vae, self.params["vae"], latents))
+        with self._on_mesh():
+            decoded = np.asarray(decode(vae, self.params["vae"], latents))
         if not np.isfinite(decoded).all():
             self._blame_nan()
         settings: dict[str, Any] = dict(prompt=prompt, steps=steps, guidance=guidance, height=height, width=width)
@@ -236,14 +257,15 @@ class DynaIPPipeline:
 
     def encode_text(self, prompts: Sequence[str]) -> TextCondition:
         """T5 states `[n, t, c]` and CLIP pooled vectors `[n, c]` of `prompts`."""
-        return encode_text(
-            self.configs["t5"],
-            self.configs["clip_text"],
-            self.params["t5"],
-            self.params["clip_text"],
-            self.tokenizers.t5(prompts),
-            self.tokenizers.clip(prompts),
-        )
+        with self._on_mesh():
+            return encode_text(
+                self.configs["t5"],
+                self.configs["clip_text"],
+                self.params["t5"],
+                self.params["clip_text"],
+                self.tokenizers.t5(prompts),
+                self.tokenizers.clip(prompts),
+            )
 
     def image_prompt(self, pixels: np.ndarray, **options: Any) -> tuple[ImagePrompt, jax.Array]:
         """The `ImagePrompt` and routing weights of reference pixels `[b, s, size, size, 3]`; `options`: see `DynaIP`."""
@@ -251,9 +273,13 @@ class DynaIPPipeline:
             raise ValueError("this pipeline was loaded without an adapter")
         config, params = self.adapter
         options = {k: None if v is None else jnp.asarray(v, jnp.float32) for k, v in options.items()}
-        return make_image_prompt(
-            self.configs["clip_vision"], config, self.params["clip_vision"], params, pixels, options
-        )
+        with self._on_mesh():
+            return make_image_prompt(
+                self.configs["clip_vision"], config, self.params["clip_vision"], params, pixels, options
+            )
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _guidance(self, guidance: float | None) -> float | None:
         if self.configs["transformer"].guidance_embed:

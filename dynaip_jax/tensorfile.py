@@ -46,6 +46,10 @@ class TensorFile(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._where)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor; no more of it is read."""
+        return self._where[name].get_slice(name)[index] if index else self[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return tuple(self._where[name].get_slice(name).get_shape())
