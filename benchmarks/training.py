@@ -67,7 +67,7 @@ def step_overhead(repeats: int) -> dict[str, Any]:
     adapter = DynaIPConfig.for_base(flux, 128, hmoe=dict(expert_width=256))
     recipe = Recipe(
         configs=(("transformer", flux),), adapter=adapter, schedule=ScheduleConfig(), optim=config_.OptimConfig(), accumulate=1,
-        guidance=1.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
+        guidance=1.0, random_granularity=0.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
     )  # fmt: skip
     frozen = dict(transformer=jax.jit(lambda k: init_params("transformer", flux, k))(jax.random.key(0)))
     keys = iter(jax.random.split(jax.random.key(1), 9))

@@ -12,6 +12,7 @@ from dynaip_jax.sharding import MeshConfig
 from train.config import SampleConfig, TrainConfig
 
 CONFIG = TrainConfig(
+    bundle="bundles/flux-dev",
     data=DataConfig(resolution=512, workers=4),
     mesh=MeshConfig(data=1, fsdp=-1),
     sample=SampleConfig(every=1000, size=512),

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from dynaip_jax.adapter.dynaip import DynaIPConfig
 from dynaip_jax.models.flux import FluxConfig
 
-PEAK = {  # dense bfloat16 FLOP/s a device, from the makers' data sheets; key: part of jax's device_kind
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "v6 lite": 918e12,
-    "v5 lite": 197e12,
-    "v5p": 459e12,
-    "v4": 275e12,
+
+class Chip(NamedTuple):
+    """What one device can do, from its maker's data sheet: dense bfloat16 FLOP/s; bytes of memory; bytes/s from memory, and from
+    all neighbours together over the links between chips (NVLink, ICI; one direction)."""
+
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+
+
+CHIPS = {  # key: jax's device_kind, or a part of it; the first match wins
+    "H200": Chip(989e12, 141e9, 4.8e12, 450e9),
+    "H100": Chip(989e12, 80e9, 3.35e12, 450e9),
+    "A100": Chip(312e12, 80e9, 2.0e12, 300e9),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12, 448e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12, 600e9),
+    "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 300e9),
 }
 
 
-def peak(device_kind: str) -> float | None:
-    """FLOP/s of a device in bfloat16, or None if it is not in the table."""
-    return next((flops for kind, flops in PEAK.items() if kind.lower() in device_kind.lower()), None)
+def chip(device_kind: str) -> Chip | None:
+    """What is known of a device, or None."""
+    return next((chip for kind, chip in CHIPS.items() if kind.lower() in device_kind.lower()), None)
 
 
 def transformer(c: FluxConfig, image_rows: int, text_rows: int) -> int:

@@ -24,7 +24,7 @@ from dynaip_jax.sharding import batch_positions, batch_sharding, make_mesh
 from train import models as models_
 from train.checkpoint import Checkpoints, check_workdir, claim_workdir, disk_errors
 from train.config import TrainConfig
-from train.step import TIME_BUCKETS, TrainState, features_of, init_state, train_step
+from train.step import TIME_BUCKETS, TrainState, init_state
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,7 +35,7 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False, overwrite
     Raises `UserError` for a configuration that cannot run here, and for a loss that is not finite.
     """
     mesh = make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     bundle = models_.open_bundle(config)
     models_.make_recipe(config, bundle)
     check_workdir(workdir, config, bundle.fingerprint, resume=resume, overwrite=overwrite)
@@ -85,11 +85,8 @@ def _run(
     stop: _Stop,
     sampler: Callable[[int, TrainState], None] | None,
 ) -> TrainState:
-    everywhere, split = models_.replicated(mesh), batch_sharding(mesh)
-    step_fn = jax.jit(
-        train_step, static_argnums=0, donate_argnums=1, out_shardings=(models.state_shardings, everywhere)
-    )
-    features_fn = jax.jit(features_of, static_argnums=0, out_shardings=split)
+    split = batch_sharding(mesh)
+    features_fn, step_fn = models_.step_functions(mesh, models.state_shardings)
     base = {k: v for k, v in models.frozen.items() if k == "transformer"}
     meter = _Meter(config, models, mesh)
     batch, features, watched = None, None, None
@@ -106,8 +103,10 @@ def _run(
                 lambda x: jax.make_array_from_process_local_data(split, x, (config.batch, *x.shape[1:])), local
             )
         if features is None or not (config.fixed_batch and config.fixed_noise):
-            features = features_fn(models.recipe, models.frozen, batch, jnp.int32(step))
-        state, values = step_fn(models.recipe, state, base, features)
+            with jax.set_mesh(mesh):
+                features = features_fn(models.recipe, models.frozen, batch, jnp.int32(step))
+        with jax.set_mesh(mesh):
+            state, values = step_fn(models.recipe, state, base, features)
         if step == start:
             # What tracing left behind stays: going through it again would hold up a later step, or a save.
             gc.collect()
@@ -146,7 +145,8 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises `UserError` if the mesh does not divide the batch."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     each = config.batch // config.accumulate
     if each % ways:
@@ -211,7 +211,7 @@ class _Meter:
     def __init__(self, config: TrainConfig, models: models_.Models, mesh: Mesh):
         self._config, self._recipe, self._devices = config, models.recipe, mesh.devices.size
         self._text = models.bundle.manifest["text"]["t5_length"]
-        self._peak = flops.peak(mesh.devices.flat[0].device_kind)
+        self._chip = flops.chip(mesh.devices.flat[0].device_kind)
         self.waited = 0.0
         self.pause()
 
@@ -243,7 +243,7 @@ class _Meter:
             step_seconds=seconds / self._steps,
             data_wait=self.waited / seconds,
             flops_per_second_per_device=rate,
-            mfu=None if self._peak is None else rate / self._peak,
+            mfu=None if self._chip is None else rate / self._chip.flops,
         )
         self.pause()
         return figures

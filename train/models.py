@@ -16,10 +16,10 @@ from dynaip_jax.adapter.dynaip import DynaIPConfig, init_adapter_params
 from dynaip_jax.bundle import Bundle
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.registry import COMPONENTS, FAMILIES, abstract_params, init_params
-from dynaip_jax.sharding import abstract, shardings
+from dynaip_jax.sharding import abstract, batch_sharding, shardings
 from dynaip_jax.text import Tokenizers
 from train.config import TrainConfig
-from train.step import Recipe, TrainState, init_state
+from train.step import Recipe, TrainState, features_of, init_state, train_step
 
 ENCODERS = ("vae", "t5", "clip_text", "clip_vision")
 
@@ -112,8 +112,20 @@ def load(config: TrainConfig, bundle: Bundle, mesh: Mesh, *, encoders: bool = Tr
     }
     lengths = bundle.manifest["text"]
     tokenizers = Tokenizers.load(bundle.path / "tokenizers", lengths["t5_length"], lengths["clip_length"])
+    return Models(bundle, recipe, tokenizers, frozen, state_shardings(config, recipe, mesh))
+
+
+def step_functions(mesh: Mesh, state_shardings: TrainState) -> tuple[Any, Any]:
+    """`features_of` and `train_step`, jitted for a mesh; to be called, or lowered, with the mesh set (`jax.set_mesh`)."""
+    features_fn = jax.jit(features_of, static_argnums=0, out_shardings=batch_sharding(mesh))
+    step_fn = jax.jit(train_step, static_argnums=0, donate_argnums=1, out_shardings=(state_shardings, replicated(mesh)))
+    return features_fn, step_fn
+
+
+def state_shardings(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Where each array of the trained state lies."""
     boxed = jax.eval_shape(lambda: init_state(config.optim, fresh_params(config, recipe, boxed=True)))
-    return Models(bundle, recipe, tokenizers, frozen, shardings(boxed, mesh))
+    return shardings(boxed, mesh)
 
 
 def fresh_state(config: TrainConfig, models: Models) -> TrainState:

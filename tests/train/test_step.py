@@ -286,4 +286,5 @@ def test_flops_are_those_xla_counts_in_one_unrolled_block():
     adapter = DynaIPConfig.for_base(c, 32)
     frozen, free = (flops.training_step(c, adapter, 64, 32, 17, base_trained=b) for b in (False, True))
     assert free - frozen == flops.transformer(c, 64, 32)
-    assert flops.peak("NVIDIA H100 80GB HBM3") == 989e12 and flops.peak("cpu") is None
+    assert flops.chip("NVIDIA H100 80GB HBM3").flops == 989e12 and flops.chip("cpu") is None
+    assert flops.chip("TPU v5 lite").flops < flops.chip("TPU v5").flops

@@ -1,0 +1,383 @@
+"""Will it fit, and how fast could it be? Compiles jitted programs for a TPU topology on a plain CPU machine, or for the devices that
+are here, and reads memory and collectives off what the compiler made.
+
+The roofline is what the chip's data sheet allows (`flops.CHIPS`), not a prediction of what will be reached.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dynaip_jax import flops, flow
+from dynaip_jax.adapter.dynaip import DynaIPConfig, abstract_adapter_params
+from dynaip_jax.bundle import Bundle
+from dynaip_jax.errors import UserError
+from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from dynaip_jax.models.flux import FluxConfig
+from dynaip_jax.models.registry import COMPONENTS, abstract_params, config_to_dict
+from dynaip_jax.models.t5 import T5Config
+from dynaip_jax.models.vae import VAEConfig
+from dynaip_jax.pipeline import TextCondition, decode, denoise, encode_text, make_image_prompt
+from dynaip_jax.sharding import abstract
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+GIB = 2**30
+
+
+class Program(NamedTuple):
+    """A jitted function to be compiled: how to lower it; how often it runs in one step or picture; FLOPs of one run on all
+    devices; the components whose parameters it is given."""
+
+    name: str
+    lower: Callable[[], Any]
+    runs: int
+    flops: int
+    components: tuple[str, ...]
+
+
+class Job(NamedTuple):
+    """`components`: name -> abstract tree of all that stays in memory; `images`: made or trained on by one step."""
+
+    programs: Sequence[Program]
+    components: Mapping[str, Any]
+    images: int
+
+
+# --- models that are not here
+
+
+def published(name: str) -> Bundle | None:
+    """A bundle without weights in the published sizes of "flux-dev" or "flux-schnell"; None for another name."""
+    if name not in ("flux-dev", "flux-schnell"):
+        return None
+    transformer = FluxConfig.dev() if name == "flux-dev" else FluxConfig.schnell()
+    vision = CLIPVisionConfig.large()
+    configs = dict(
+        transformer=transformer,
+        vae=VAEConfig.flux(),
+        t5=T5Config.xxl(),
+        clip_text=CLIPTextConfig.large(),
+        clip_vision=vision,
+    )
+    schedule = dict(dynamic=name == "flux-dev")
+    steps, tokens = (28, 512) if name == "flux-dev" else (4, 256)
+    manifest = dict(
+        family="flux",
+        fingerprint="",
+        components={k: dict(config=config_to_dict(c)) for k, c in configs.items()},
+        schedule=schedule,
+        text=dict(t5_length=tokens, clip_length=77),
+        defaults=dict(steps=steps, guidance=3.5, height=1024, width=1024),
+    )
+    return Bundle(Path(name), manifest)
+
+
+def sampling(
+    bundle: Bundle, adapter: DynaIPConfig | None, mesh: Mesh, *, size: int, steps: int, images: int = 1
+) -> Job:
+    """The programs of `dynaip sample` for `images` pictures of `size` pixels a side of one subject, in bfloat16."""
+    half = jnp.bfloat16
+    names = ["transformer", "vae", "t5", "clip_text"] + (["clip_vision"] if adapter else [])
+    configs = {}
+    for name in names:
+        kind = jnp.float32 if name == "vae" else half
+        configs[name] = bundle.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
+    parts = {name: abstract(abstract_params(name, config, boxed=True), mesh) for name, config in configs.items()}
+    vae, transformer = configs["vae"], configs["transformer"]
+    side = size // vae.downsample
+    tokens = (side // 2) ** 2
+    lengths = bundle.manifest["text"]
+    shape = jax.ShapeDtypeStruct
+    ids = [shape((1, lengths[name]), jnp.int32) for name in ("t5_length", "clip_length")]
+    rows_of_text = ((1, lengths["t5_length"], transformer.context_in_dim), (1, transformer.vec_in_dim))
+    text = TextCondition(*(shape(x, half) for x in rows_of_text))  # type: ignore[arg-type]
+    latents = shape((images, vae.z_channels, side, side), jnp.float32)
+    scalar = shape((), jnp.float32)
+    guidance = scalar if transformer.guidance_embed else None
+    schedule = flow.ScheduleConfig(**bundle.manifest["schedule"])
+    times = shape(flow.schedule(steps, tokens, schedule).shape, jnp.float32)
+    rows = tokens + lengths["t5_length"]
+    picture = steps * flops.transformer(transformer, tokens, lengths["t5_length"])
+    programs = [
+        Program(
+            "encode text",
+            lambda: encode_text.lower(configs["t5"], configs["clip_text"], parts["t5"], parts["clip_text"], *ids),
+            runs=1,
+            flops=2 * lengths["t5_length"] * _count(parts["t5"]),
+            components=("t5", "clip_text"),
+        )
+    ]
+    prompt = None
+    if adapter is not None:
+        parts["adapter"] = abstract(abstract_adapter_params(adapter, boxed=True), mesh)
+        vision = configs["clip_vision"]
+        pixels = shape((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
+        options = dict(image_gain=scalar, text_gain=scalar)
+        prompt, _ = jax.eval_shape(
+            lambda v, a, p, o: make_image_prompt(vision, adapter, v, a, p, o),
+            parts["clip_vision"], parts["adapter"], pixels, options,
+        )  # fmt: skip
+        programs.append(
+            Program(
+                "references",
+                lambda: make_image_prompt.lower(
+                    vision, adapter, parts["clip_vision"], parts["adapter"], pixels, options
+                ),
+                runs=1,
+                flops=flops.bank(adapter, vision.tokens) + 2 * vision.tokens * _count(parts["clip_vision"]),
+                components=("clip_vision", "adapter"),
+            )
+        )
+        picture += steps * flops.injection(transformer, adapter, rows, vision.tokens)
+    programs += [
+        Program(
+            "denoise",
+            lambda: denoise.lower(
+                transformer, parts["transformer"], latents, text, prompt, times, guidance=guidance, true_cfg=None,
+                window=shape((2,), jnp.float32),
+            ),
+            runs=1,
+            flops=images * picture,
+            components=("transformer",),
+        ),
+        Program("decode", lambda: decode.lower(vae, parts["vae"], latents), runs=1, flops=0, components=("vae",)),
+    ]  # fmt: skip
+    return Job(programs, parts, images)
+
+
+# --- compiling and reading
+
+
+def devices(topology: str | None) -> list[Any]:
+    """The devices of a TPU `topology` ("v5e:4x4"), or the ones that are here. Raises `UserError` for a topology that is not known
+    and where libtpu, which compiles for it, is not installed."""
+    if topology is None:
+        return jax.devices()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as e:  # what libtpu raises has no class of its own
+        if "libtpu" in str(e).lower() and "topology" not in str(e).lower():
+            raise UserError(
+                f"--topology {topology}: compiling for TPUs needs libtpu, which is not here; pip install 'jax[tpu]'"
+            ) from e
+        raise UserError(
+            f"--topology {topology}: not known to libtpu ({' '.join(str(e).split())[:120]}); expected such as v5e:4x4, "
+            "v5p:2x2x1, v6e:2x4"
+        ) from e
+
+
+# without these libtpu looks for the machine's TPUs, and complains that there are none
+QUIET = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost")
+
+
+def make(job: Job, mesh: Mesh) -> dict[str, Any]:
+    """Compiles a job's programs and reports on them; see `text` for what is in it. `fits` is whether the device's memory, if
+    known, holds everything; `problem` names what does not."""
+    kind = mesh.devices.flat[0].device_kind
+    chip = flops.chip(kind)
+    components = {
+        name: dict(parameters=_count(tree), bytes_per_chip=_bytes_per_chip(tree))
+        for name, tree in job.components.items()
+    }
+    resident = sum(part["bytes_per_chip"] for part in components.values())
+    programs, used, problem = [], resident, None
+    for program in job.programs:
+        began = time.monotonic()
+        try:
+            with jax.set_mesh(mesh):
+                compiled = program.lower().compile()
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            problem = f"{program.name}: {_refusal(str(e))}"
+            break
+        memory = compiled.memory_analysis()
+        scratch = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        own = sum(components[name]["bytes_per_chip"] for name in program.components)
+        needed = resident - own + memory.argument_size_in_bytes + scratch
+        used = max(used, needed)
+        found = collectives(compiled.as_text())
+        programs.append(
+            dict(
+                name=program.name,
+                runs=program.runs,
+                flops_per_chip=program.flops / mesh.devices.size,
+                arguments_bytes=memory.argument_size_in_bytes,
+                scratch_bytes=scratch,
+                needed_bytes=needed,
+                collectives=found,
+                compile_seconds=round(time.monotonic() - began, 1),
+            )
+            | _roofline(program, memory.argument_size_in_bytes, found, mesh.devices.size, chip)
+        )
+    available = None if chip is None else int(chip.memory)
+    if problem is None and available is not None and used > available:
+        worst = max(programs, key=lambda p: p["needed_bytes"])
+        problem = (
+            f"{worst['name']}: needs {worst['needed_bytes'] / GIB:.2f} GiB a chip, {available / GIB:.1f} are there: "
+            f"parameters {resident / GIB:.2f}, scratch {worst['scratch_bytes'] / GIB:.2f}"
+        )
+    step = None
+    if chip is not None and problem is None:
+        step = sum(p["runs"] * p["roofline_seconds"] for p in programs)
+    return dict(
+        device=kind,
+        devices=mesh.devices.size,
+        mesh={name: int(size) for name, size in mesh.shape.items()},
+        components=components,
+        programs=programs,
+        hbm=dict(used=used, available=available),
+        step_seconds=step,
+        images_per_second=None if not step else job.images / step,
+        compile_seconds=round(sum(p["compile_seconds"] for p in programs), 1),
+        fits=problem is None,
+        problem=problem,
+    )
+
+
+def _roofline(
+    program: Program, read: int, found: dict[str, Any], count: int, chip: flops.Chip | None
+) -> dict[str, Any]:
+    """Seconds of one run by products, memory (arguments read once) and links, and the longest of them."""
+    if chip is None:
+        return {}
+    seconds = dict(
+        compute=program.flops / count / chip.flops,
+        memory=read / chip.memory_rate,
+        links=sum(kind["bytes"] for kind in found.values()) / chip.link_rate,
+    )
+    return dict(seconds=seconds, roofline_seconds=max(seconds.values()))
+
+
+def _refusal(message: str) -> str:
+    """What the compiler says of memory, in a line."""
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", message)
+    return f"needs {found[1]} of {found[2]} {found[3]}" if found else " ".join(message.split())[:200]
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _bytes_per_chip(tree: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# --- the compiled program's text
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """Exchanges between devices in a compiled program: kind -> how many are run, and the bytes a device receives in all.
+
+    Loops count as often as they go round. `hlo`: as from `Compiled.as_text()`.
+    """
+    computations = _computations(hlo)
+    totals: dict[str, dict[str, int]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for line in computations.get(name, ()):
+            found = re.match(r"(?:ROOT )?%?\S+ = (.+?) ([a-z][\w\-]*)\(", line)
+            if not found:
+                continue
+            shape, kind = found[1], found[2].removesuffix("-start")
+            if kind in COLLECTIVES:
+                total = totals.setdefault(kind, dict(count=0, bytes=0))
+                total["count"] += times
+                total["bytes"] += times * _received(kind, shape, line)
+            rounds = times
+            if kind == "while":
+                rounds *= _rounds(line, computations)
+            for callee in re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)", line):
+                visit(callee, rounds)
+
+    visit("ENTRY", 1)
+    return totals
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+    """Name -> its lines; the main one is called ENTRY."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            lines = found.setdefault("ENTRY" if head[1] else head[2], [])
+        elif line.startswith(" "):
+            lines.append(line.strip())
+    return found
+
+
+def _rounds(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often a while loop goes round: as the compiler says, or the constant that its condition compares with."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    limits = [int(n) for text in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
+    return max(limits, default=1)
+
+
+def _received(kind: str, shape: str, line: str) -> int:
+    """Bytes that a device receives in one exchange whose result has `shape`; of a ring for all-reduce."""
+    sizes = [_size(dtype, dims) for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape)]
+    size = sum(sizes)
+    if f"{kind}-start(" in line and shape.startswith("("):
+        size = max(sizes)  # the tuple of an asynchronous start holds operand and result
+    if kind == "all-reduce":
+        return 2 * size
+    if kind == "reduce-scatter":
+        operands = re.findall(r"replica_groups=\[(\d+),(\d+)\]", line)
+        return size * (int(operands[0][1]) if operands else 1)
+    return size
+
+
+def _size(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # type: ignore[index]
+    return math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+
+
+# --- reports
+
+
+def text(report: dict[str, Any]) -> str:
+    """A report as lines for a terminal."""
+    mesh = " x ".join(f"{k} {v}" for k, v in report["mesh"].items())
+    lines = [f"{report['devices']} x {report['device']}, mesh {mesh}", ""]
+    for name, part in report["components"].items():
+        lines.append(
+            f"{name:12} {part['parameters'] / 1e6:10.1f} M parameters {part['bytes_per_chip'] / GIB:8.3f} GiB a chip"
+        )
+    lines.append("")
+    for p in report["programs"]:
+        lines.append(
+            f"{p['name']}: {p['flops_per_chip'] / 1e12:.2f} TFLOP a chip, {p['needed_bytes'] / GIB:.2f} GiB in all "
+            f"({p['scratch_bytes'] / GIB:.2f} scratch), compiled in {p['compile_seconds']} s"
+        )
+        for kind, total in p["collectives"].items():
+            lines.append(f"    {kind:18} {total['count']:6} times {total['bytes'] / GIB:9.3f} GiB")
+        if "seconds" in p:
+            parts = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in p["seconds"].items())
+            lines.append(f"    at best {p['roofline_seconds'] * 1e3:.1f} ms ({parts})")
+    used, available = report["hbm"]["used"], report["hbm"]["available"]
+    there = "of an unknown amount" if available is None else f"of {available / GIB:.1f}"
+    lines += ["", f"memory: {used / GIB:.2f} {there} GiB a chip"]
+    if report["step_seconds"]:
+        lines.append(
+            f"at best {report['step_seconds']:.3f} s a step, {report['images_per_second']:.3g} images/s (by the data sheet)"
+        )
+    lines.append("fits" if report["fits"] else f"does not fit: {report['problem']}")
+    return "\n".join(lines)

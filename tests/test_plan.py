@@ -1,0 +1,91 @@
+"""`dynaip plan`: real programs compiled for a TPU on this CPU, and what is read off them."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dynaip_jax import flops, plan
+from dynaip_jax.sharding import MeshConfig, constrain, make_mesh
+from tests.train.runs import RECIPE
+
+TOPOLOGY = "v5e:2x2"
+
+
+def test_a_training_step_on_a_topology(dynaip):
+    status, stdout, stderr = dynaip(
+        "plan", "--config", RECIPE, "--topology", TOPOLOGY, "--mesh", "fsdp=2,tensor=2", "--json"
+    )
+    assert status == 0, stderr
+    report = json.loads(stdout)
+    assert report["fits"] and report["device"] == "TPU v5 lite" and report["devices"] == 4
+    assert report["mesh"] == dict(data=1, fsdp=2, tensor=2)
+    features, step = report["programs"]
+    assert step["name"] == "step" and step["collectives"]["all-gather"]["count"] > 0
+    assert 0 < report["hbm"]["used"] < report["hbm"]["available"] == 16 * 2**30
+    transformer = report["components"]["transformer"]
+    assert transformer["bytes_per_chip"] < 4 * transformer["parameters"] / 3  # float32, in up to four parts
+    assert report["step_seconds"] == pytest.approx(features["roofline_seconds"] + step["roofline_seconds"])
+
+
+def test_sampling_on_these_devices_and_a_chip_that_is_too_small(dynaip, monkeypatch):
+    command = ("plan", "--config", RECIPE, "--job", "sample", "--sample.size", 64, "--sample.steps", 2)
+    status, stdout, stderr = dynaip(*command)
+    assert status == 0 and stdout.splitlines()[-1] == "fits", stderr
+    assert "denoise: " in stdout and "of an unknown amount GiB a chip" in stdout
+    monkeypatch.setitem(flops.CHIPS, "cpu", flops.Chip(1e12, 4e6, 1e11, 1e10))
+    status, stdout, _ = dynaip(*command)
+    assert status == 1
+    last = stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"does not fit: \w+: needs [\d.]+ GiB a chip, 0.0 are there: parameters [\d.]+, scratch [\d.]+.*", last
+    )
+
+
+def test_collectives_are_counted_as_often_as_a_loop_goes_round():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), plan.devices(TOPOLOGY))
+
+    def layers(weights, x):
+        return jax.lax.scan(lambda x, w: (constrain(jnp.tanh(x @ w), "batch", None), None), x, weights)[0]
+
+    def placed(shape, *parts):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*parts)))
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(layers).lower(placed((5, 256, 256), None, "fsdp"), placed((512, 256), "fsdp")).compile()
+    found = plan.collectives(program.as_text())
+    assert found == {"all-gather": dict(count=5, bytes=5 * 256 * 256 * 2)}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--topology", "v5e:9x9"), "--topology v5e:9x9: not known to libtpu"),
+        (("--mesh", "fsdp"), "--mesh fsdp: 'fsdp'; expected such as data=2,fsdp=4,tensor=1"),
+        (("--mesh", "fsdp=3"), "mesh data x fsdp x tensor = 1 x 3 x 1: does not fit 1 devices"),
+        (("--bath", "4"), "--bath"),
+    ],
+)
+def test_errors(dynaip, words, message):
+    status, _, stderr = dynaip("plan", "--config", RECIPE, *words)
+    assert status == 2 and message in stderr and len(stderr.splitlines()) == 1
+
+
+def test_other_commands_take_no_fields(dynaip):
+    status, _, stderr = dynaip("sample", "--prompt", "x", "--output", "o.png", "--batch", 4)
+    assert status == 2 and "unrecognized arguments: --batch 4" in stderr
+
+
+def test_published_sizes():
+    """Parameters of FLUX.1-dev's parts; 11.9 B and 4.8 B are those of the published checkpoints."""
+    bundle = plan.published("flux-dev")
+    sizes = {}
+    for name in ("transformer", "t5"):
+        component = plan.COMPONENTS[name]
+        tree = plan.abstract_params(name, bundle.config(name, component.config))
+        sizes[name] = sum(x.size for x in jax.tree.leaves(tree))
+    assert sizes == dict(transformer=11_901_408_320, t5=4_762_310_656)
+    assert plan.published("sd3") is None

@@ -1,0 +1,99 @@
+"""The programs of a recipe, for `dynaip plan`: its training step, or sampling with what it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dynaip_jax import flops, plan
+from dynaip_jax.bundle import Bundle
+from dynaip_jax.data.sources import Batch
+from dynaip_jax.errors import UserError
+from dynaip_jax.models.registry import abstract_params
+from dynaip_jax.sharding import abstract, batch_sharding
+from train import models
+from train.config import TrainConfig
+from train.loop import check_batch
+from train.step import features_of, init_state
+
+
+def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"]) -> plan.Job:
+    """What a recipe asks of `mesh`. A bundle that is not there is planned with the published sizes if it is named "flux-dev" or
+    "flux-schnell". Raises `UserError` for a recipe that cannot run on the mesh."""
+    name = Path(config.bundle).name
+    bundle = None if Path(config.bundle).is_dir() else plan.published(name)
+    bundle = bundle or models.open_bundle(config)
+    recipe = models.make_recipe(config, bundle)
+    if kind == "train":
+        return _training(config, bundle, recipe, mesh)
+    adapter = recipe.adapter
+    if adapter is None:
+        raise UserError(f"--job sample: the recipe trains {config.trainable!r}, no adapter; expected one that does")
+    half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    adapter = dataclasses.replace(adapter, hmoe=dataclasses.replace(adapter.hmoe, **half), **half)
+    return plan.sampling(bundle, adapter, mesh, size=config.sample.size, steps=config.sample.steps)
+
+
+def _training(config: TrainConfig, bundle: Bundle, recipe: Any, mesh: Mesh) -> plan.Job:
+    check_batch(config, mesh)
+    names = [name for name, _ in recipe.configs]
+    frozen = {
+        name: abstract(abstract_params(name, recipe.config(name), boxed=True), mesh)
+        for name in names
+        if name != "transformer" or config.trainable == "adapter"
+    }
+    where = models.state_shardings(config, recipe, mesh)
+    state = jax.eval_shape(lambda: init_state(config.optim, models.fresh_params(config, recipe)))
+    state = jax.tree.map(_placed, state, where)
+
+    side, lengths, b = config.data.resolution, bundle.manifest["text"], config.batch
+    clip = config.data.clip_size
+    shapes = Batch(
+        target=np.zeros((0, side, side, 3), np.float32), reference=np.zeros((0, 1, clip, clip, 3), np.float32),
+        t5_ids=np.zeros((0, lengths["t5_length"]), np.int32), clip_ids=np.zeros((0, lengths["clip_length"]), np.int32),
+        keep_image=np.zeros(0, np.float32), row=np.zeros(0, np.int32),
+    )  # fmt: skip
+    split = batch_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype, sharding=split), shapes)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    features = jax.eval_shape(lambda f, x, n: features_of(recipe, f, x, n), frozen, batch, step)
+    features = jax.tree.map(lambda x: _placed(x, split), features)
+    features_fn, step_fn = models.step_functions(mesh, where)
+
+    base = {k: v for k, v in frozen.items() if k == "transformer"}
+    encoders = tuple(name for name in frozen if name not in base)
+    transformer, vae = recipe.config("transformer"), recipe.config("vae")
+    rows, reference = (side // vae.downsample // 2) ** 2, 0
+    encoding = 2 * lengths["t5_length"] * _size(frozen["t5"])
+    if recipe.adapter is not None:
+        reference = recipe.config("clip_vision").tokens
+        encoding += 2 * reference * _size(frozen["clip_vision"])
+    each = flops.training_step(
+        transformer, recipe.adapter, rows, lengths["t5_length"], reference, base_trained=config.trainable != "adapter"
+    )
+    return plan.Job(
+        programs=[
+            plan.Program(
+                "features", lambda: features_fn.lower(recipe, frozen, batch, step), 1, b * encoding, tuple(frozen)
+            ),
+            plan.Program(
+                "step", lambda: step_fn.lower(recipe, state, base, features), 1, b * each, (*base, "trained state")
+            ),
+        ],
+        components={name: frozen[name] for name in (*base, *encoders)} | {"trained state": state},
+        images=b,
+    )
+
+
+def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
