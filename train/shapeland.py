@@ -57,7 +57,7 @@ LEVELS = (2, 4, 6)
 
 CONFIGS: dict[str, Any] = dict(
     vae=VAEConfig(resolution=64, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=8),
-    t5=T5Config(vocab_size=len(WORDS), d_model=128, d_kv=32, d_ff=256, num_heads=4, num_layers=2),
+    t5=T5Config(vocab_size=len(WORDS), d_model=128, d_kv=16, d_ff=256, num_heads=8, num_layers=2),
     clip_text=CLIPTextConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         vocab_size=len(WORDS), max_position_embeddings=TOKENS["clip_length"], eos_token_id=END,
@@ -97,6 +97,7 @@ ADAPTER = dataclasses.replace(
     fresh_base=False,
     steps=1400,
 )
+FURTHER = 3600  # steps of a base that is not fresh
 SCENES, PAIRS = 24_000, 16_000  # rows of the two datasets
 SHIPPED = "bfloat16"
 TRUE_CFG = 2.5
@@ -317,12 +318,12 @@ def train_text(folder: Path, seed: int) -> None:
     }
     params = dict(t5=init_params("t5", CONFIGS["t5"], jax.random.key(seed)), heads=heads)
     params = fit(
-        folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], T5_STEPS, 2e-3, seed
+        folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], T5_STEPS, 4e-3, seed
     )
     _save(folder / WEIGHTS, params["t5"])
 
 
-T5_STEPS, HIDDEN, NEAR = 1600, 0.15, range(-4, 5)
+T5_STEPS, HIDDEN, NEAR = 1000, 0.15, range(-4, 5)
 
 
 def _described(seed: int, n: int) -> tuple[np.ndarray, str]:
@@ -487,13 +488,16 @@ def keep_encoders(folder: Path, seed: int) -> None:
     params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(SHIPPED)), read_tree(folder.parent / "text" / WEIGHTS))
     origin = dict(made_by=f"train.shapeland --go-on, seed {seed}")
     replace_component(
-        Bundle.open(default.paths()[0], FAMILIES), folder / "bundle", "t5", params, origin, overwrite=True
-    )
+        Bundle.open(default.paths()[0], FAMILIES), folder / "bundle", "t5", params, origin,
+        config=config_to_dict(CONFIGS["t5"]), overwrite=True,
+    )  # fmt: skip
 
 
 def train_base(folder: Path, seed: int, fresh: bool = True) -> None:
     """The transformer, text to image; then a bundle with it."""
     config = dataclasses.replace(BASE, fresh_base=fresh)
+    if not fresh:
+        config = dataclasses.replace(config, steps=FURTHER, optim=dataclasses.replace(BASE.optim, decay_steps=FURTHER))
     run = _trained(config, folder, seed, folder.parent / "encoders" / "bundle", folder.parent / "world" / "scenes")
     export(run, None, folder / "bundle", dtype=SHIPPED, overwrite=True)
 
