@@ -45,6 +45,7 @@ setup(
         "test": [
             "pytest",
             "pytest-xdist",
+            "jax[tpu]>=0.10,<0.12",  # compiles for TPUs on any machine
             "hypothesis",
             "torch==2.13.0",
             "diffusers==0.42.1",

@@ -14,7 +14,8 @@ from dynaip_jax.sharding import platform, spec
 
 KERNELS = ("auto", "xla", "per_head", "splash", "cudnn")
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
-LANES = 128  # splash: head sizes and lengths are multiples of it
+HEAD_SIZES = (128, 256)  # of splash: multiples of 128 whose blocks fit a TPU core's own memory
+LANES = 128  # splash: lengths are padded to multiples of it
 BLOCKS = (1024, 768, 512, 384, 256, 128)  # splash: rows of q and of k held at once, the largest that divides a length
 WORTH = 512 * 512  # logits a head from which a fused kernel is taken by "auto"
 
@@ -48,8 +49,8 @@ def _problem(kernel: str, here: str, q: jax.Array, k: jax.Array, v: jax.Array, b
     if v.shape != k.shape:
         return f"values of size {v.shape[-1]} for keys of size {k.shape[-1]}; takes equal ones"
     d = q.shape[-1]
-    if kernel == "splash" and d % LANES:
-        return f"head size {d}; takes multiples of {LANES}"
+    if kernel == "splash" and d not in HEAD_SIZES:
+        return f"head size {d}; takes {' or '.join(map(str, HEAD_SIZES))}"
     if kernel == "cudnn" and (d % 8 or d > 128 or q.dtype not in (jnp.bfloat16, jnp.float16)):
         return f"head size {d} in {q.dtype}; takes multiples of 8 up to 128 in bfloat16 or float16"
     return None

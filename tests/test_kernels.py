@@ -72,7 +72,7 @@ def test_auto_takes_what_fits(monkeypatch, platform, d, dtype, rows, chosen):
     "platform, kernel, d, message",
     [
         ("cpu", "splash", 128, "attention 'splash': needs a TPU, this program is for CPU; use 'auto'"),
-        ("tpu", "splash", 64, "attention 'splash': head size 64; takes multiples of 128; use 'auto'"),
+        ("tpu", "splash", 64, "attention 'splash': head size 64; takes 128 or 256; use 'auto'"),
         (
             "gpu",
             "cudnn",

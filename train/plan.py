@@ -79,9 +79,7 @@ def _training(config: TrainConfig, bundle: Bundle, recipe: Any, mesh: Mesh) -> p
     )
     return plan.Job(
         programs=[
-            plan.Program(
-                "features", lambda: features_fn.lower(recipe, frozen, batch, step), 1, b * encoding, tuple(frozen)
-            ),
+            plan.Program("features", lambda: features_fn.lower(recipe, frozen, batch, step), 1, b * encoding, encoders),
             plan.Program(
                 "step", lambda: step_fn.lower(recipe, state, base, features), 1, b * each, (*base, "trained state")
             ),

@@ -93,6 +93,7 @@ ADAPTER = dataclasses.replace(
     optim=dataclasses.replace(BASE.optim, decay_steps=1400),
     adapter=dataclasses.replace(BASE.adapter, blocks="all"),
     random_granularity=0.3,
+    time_mean=0.4,
     trainable="adapter",
     fresh_base=False,
     steps=1400,
@@ -439,11 +440,12 @@ def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
         return pick(pictures), jax.tree.map(pick, labels)
 
     params = init_judge(jax.random.key(seed)) if fresh else read_tree(default.JUDGE)
-    params = fit(folder / "run", params, loss, batch_of, JUDGE_STEPS, 2e-3, seed)
+    params = fit(folder / "run", params, loss, batch_of, JUDGE_STEPS if fresh else JUDGE_FURTHER, 2e-3, seed)
     _save(folder / WEIGHTS, params)
 
 
-JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1100, 10.0
+JUDGE_FURTHER = 500  # steps of a judge that is not fresh
+JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1600, 10.0
 
 
 def write_world(folder: Path, seed: int) -> None:

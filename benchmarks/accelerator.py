@@ -1,0 +1,228 @@
+"""FLUX.1-dev's sizes on an accelerator: seconds a picture, MFU and the adapter's cost, against diffusers with torch.compile.
+
+python -m benchmarks.accelerator [--size full|small] [--repeats N] [--out FILE.json]
+
+Random weights, 1024 x 1024 pixels, bfloat16, 28 steps; training steps at 512 and 1024. Ours and theirs run one after the other, each
+in a process of its own. On a CPU the size is small: it shows that the script works, and the result says "measured": false.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REFERENCE_TOKENS, CLIP_WIDTH = 257, 1024
+
+
+class Size(NamedTuple):
+    """What is run: fields of `FluxConfig`, tokens of text, grid of packed image tokens a side, steps, training grids, side of the
+    matrices whose product is the ceiling."""
+
+    flux: dict[str, Any]
+    text: int
+    grid: int
+    steps: int
+    training: tuple[int, ...]
+    matrix: int
+
+
+SIZES = {
+    "full": Size({}, 512, 64, 28, (32, 64), 8192),
+    "small": Size(
+        dict(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4, context_in_dim=128), 32, 8, 2, (4, 8), 512
+    ),
+}
+
+
+def main() -> int:
+    """Runs both and prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, help="default: full on an accelerator, small on a CPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where to write the JSON too")
+    parser.add_argument("--only", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(dict(ours=ours, theirs=theirs)[args.only](SIZES[args.size], args.repeats)))
+        return 0
+    size = args.size or _usual_size()
+    result: dict[str, Any] = dict(size=size, machine=platform.processor() or platform.machine())
+    for name in ("ours", "theirs"):
+        with tempfile.TemporaryFile("w+") as said:
+            command = [sys.executable, "-m", "benchmarks.accelerator", "--only", name, "--size", size]
+            child = subprocess.run(
+                [*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, stderr=said, text=True
+            )
+            said.seek(0)
+            lines = said.read().strip().splitlines()
+        if child.returncode:
+            result[name] = dict(not_measured=lines[-1] if lines else f"exit status {child.returncode}")
+        else:
+            result[name] = json.loads(child.stdout.splitlines()[-1])
+    result["measured"] = size == "full" and "not_measured" not in result["ours"]
+    pictures = [result[name].get("picture_s", {}).get("1 subject") for name in ("ours", "theirs")]
+    result["ratio_ours_to_theirs"] = pictures[0] / pictures[1] if all(pictures) else None
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    return 0 if "not_measured" not in result["ours"] else 1
+
+
+def _usual_size() -> str:
+    """Asked in a process of its own: JAX would take the accelerator's memory here."""
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=True)
+    return "small" if found.stdout.strip() == "cpu" else "full"
+
+
+def _median(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of a run, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ours(size: Size, repeats: int) -> dict[str, Any]:
+    """Pictures with 0, 1, 2 and 4 subjects, training steps, and a matrix product as the ceiling."""
+    import jax
+    import jax.numpy as jnp
+
+    from dynaip_jax import flops, flow
+    from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig, init_adapter_params
+    from dynaip_jax.models.flux import FluxConfig
+    from dynaip_jax.models.registry import init_params
+    from dynaip_jax.pipeline import TextCondition, denoise
+    from train import config as config_
+    from train.step import Features, Recipe, init_state, train_step
+
+    half = jnp.bfloat16
+    flux = FluxConfig(**size.flux, dtype=half, param_dtype=half)
+    keys = iter(jax.random.split(jax.random.key(0), 99))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, half)
+
+    matrix = normal(size.matrix, size.matrix)
+    product = jax.jit(lambda a: a @ a)
+    ceiling = 2 * size.matrix**3 / _median(lambda: product(matrix).block_until_ready(), 10 * repeats)
+    params = jax.jit(lambda key: init_params("transformer", flux, key))(next(keys))
+    kind = DynaIPConfig.for_base(flux, CLIP_WIDTH, dtype=half, param_dtype=half)
+    adapter = jax.jit(lambda key: init_adapter_params(kind, key))(next(keys))
+    text = TextCondition(normal(1, size.text, flux.context_in_dim), normal(1, flux.vec_in_dim))
+    noise = normal(1, 16, 2 * size.grid, 2 * size.grid).astype(jnp.float32)
+    tokens = size.grid**2
+    times = jnp.asarray(flow.schedule(size.steps, tokens, flow.ScheduleConfig()))
+    bank = jax.jit(lambda p, f: DynaIP(kind).apply({"params": p}, f, text_gain=0.0)[0])
+
+    def picture(subjects: int) -> float:
+        features = [normal(1, subjects, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3)]
+        prompt = bank(adapter, features) if subjects else None
+        options = dict(guidance=jnp.float32(3.5), true_cfg=None, window=jnp.array([0.0, 1.0]))
+        return _median(
+            lambda: denoise(flux, params, noise, text, prompt, times, **options).block_until_ready(), repeats
+        )
+
+    seconds = {f"{s} subject{'s' * (s != 1)}": picture(s) for s in (0, 1, 2, 4)}
+    plain = seconds["0 subjects"]
+    forward = flops.transformer(flux, tokens, size.text)
+
+    def training(grid: int) -> dict[str, float]:
+        trained = DynaIPConfig.for_base(flux, CLIP_WIDTH, dtype=half)
+        recipe = Recipe(
+            configs=(("transformer", FluxConfig(**size.flux, dtype=half, param_dtype=half, remat="full")),),
+            adapter=trained, schedule=flow.ScheduleConfig(), optim=config_.OptimConfig(), accumulate=1, guidance=1.0,
+            random_granularity=0.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
+        )  # fmt: skip
+        latents = normal(1, 16, 2 * grid, 2 * grid)
+        levels = tuple(normal(1, 1, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3))
+        features = Features(latents, latents, jnp.full(1, 0.5), *text, levels, jnp.ones(1))
+        start = jax.jit(lambda key: init_state(recipe.optim, dict(adapter=init_adapter_params(trained, key))))
+        step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
+        state = start(next(keys))
+
+        def once() -> None:
+            nonlocal state
+            state, metrics = step(recipe, state, dict(transformer=params), features)
+            metrics["loss"].block_until_ready()
+
+        spent = _median(once, repeats)
+        work = flops.training_step(flux, trained, grid**2, size.text, REFERENCE_TOKENS, base_trained=False)
+        return dict(step_s=spent, mfu=work / spent / ceiling)
+
+    return dict(
+        device=jax.devices()[0].device_kind,
+        versions=dict(jax=jax.__version__, python=platform.python_version()),
+        picture_s=seconds,
+        adapter_overhead={k: v / plain - 1 for k, v in seconds.items() if v is not plain},
+        ceiling_flops=ceiling,
+        mfu=size.steps * forward / plain / ceiling,
+        training={f"{16 * grid} pixels": training(grid) for grid in size.training},
+    )
+
+
+def theirs(size: Size, repeats: int) -> dict[str, Any]:
+    """diffusers' transformer under torch.compile in a Euler loop, without and with its IP-Adapter in the double blocks."""
+    import torch
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor, FluxTransformer2DModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flux = dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, context_in_dim=4096) | size.flux
+    head = flux["hidden_size"] // flux["num_heads"]
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model: Any = FluxTransformer2DModel(
+            num_layers=flux["depth"], num_single_layers=flux["depth_single_blocks"], attention_head_dim=head,
+            num_attention_heads=flux["num_heads"], joint_attention_dim=flux["context_in_dim"],
+            guidance_embeds=True,
+        ).eval()  # fmt: skip
+        tokens = size.grid**2
+        rows = torch.arange(tokens)
+        ids = torch.stack([torch.zeros_like(rows), rows // size.grid, rows % size.grid], dim=-1).to(torch.float32)
+        fixed: dict[str, Any] = dict(
+            encoder_hidden_states=torch.randn(1, size.text, flux["context_in_dim"]),
+            pooled_projections=torch.randn(1, 768), guidance=torch.full((1,), 3.5), img_ids=ids,
+            txt_ids=torch.zeros(size.text, 3), return_dict=False,
+        )  # fmt: skip
+        noise, reference = torch.randn(1, tokens, 64), [torch.randn(1, REFERENCE_TOKENS, CLIP_WIDTH)]
+    forward = torch.compile(model)
+    times = torch.linspace(1, 0, size.steps + 1).tolist()
+
+    def picture(**more: Any) -> None:
+        x = noise
+        with torch.no_grad():
+            for t, following in zip(times[:-1], times[1:], strict=True):
+                v = forward(hidden_states=x, timestep=torch.full((1,), t, device=device), **fixed, **more)[0]
+                x = x + (following - t) * v
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = {"0 subjects": _median(picture, repeats)}
+    processors = dict(model.attn_processors)
+    for name in processors:
+        if name.startswith("transformer_blocks"):
+            processors[name] = FluxIPAdapterAttnProcessor(
+                flux["hidden_size"], CLIP_WIDTH, num_tokens=(REFERENCE_TOKENS,), device=device, dtype=torch.bfloat16
+            )
+    model.set_attn_processor(processors)
+    adapted = dict(joint_attention_kwargs=dict(ip_hidden_states=reference))
+    seconds["1 subject"] = _median(lambda: picture(**adapted), repeats)
+    return dict(device=device, versions=dict(torch=torch.__version__), picture_s=seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
