@@ -16,12 +16,12 @@ from dynaip_jax.eval import shapeland
 from dynaip_jax.pipeline import DynaIPPipeline
 
 CELL, STRIP = 160, 26  # pixels
-SUBJECTS = (("moon", 11), ("square", 8))  # class, number of its identity in the test split
-PROMPTS = ("a moon on the left on sand at noon", "a moon on the right on wood at dusk")
-TWO = "a moon on the left and a square on the right on sand at noon"
+SUBJECTS = (("star", 0), ("heart", 1))  # class, number of its identity in the test split
+PROMPTS = ("a star on the left on sand at noon", "a star on the right on wood at dusk")
+TWO = "a star on the left and a heart on the right on grass at noon"
 MEASURED = {1: ["default", "dds-off", "text-only", "true-render"], 2: ["default", "regions-none", "text-only"]}
 CASES = 64
-GRANULARITY = {"low level": (1, 0, 0), "low and high": (1, 0, 1), "high level": (0, 0, 1)}
+GRANULARITY = {"low level": (1, 0, 0), "middle level": (0, 1, 0), "high level": (0, 0, 1)}
 
 Panels = dict[str, Any]  # label -> uint8 [H, W, 3]
 
