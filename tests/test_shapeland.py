@@ -64,7 +64,7 @@ def test_the_reference_gives_the_identity_and_the_prompt_is_kept(judge, known):
     rows = shapeland.evaluate(pipe, judge, ["default", "text-only"], [1], num=CASES, calibrations={1: known})
     shown, told = rows
     assert shown["cp_ci"][0] > told["cp_ci"][1] and abs(told["cp"]) < 0.3
-    assert min(shown["pf"], told["pf"]) > 0.7
+    assert min(shown["pf"], told["pf"]) > 0.9
 
 
 def test_a_drawing_of_ones_own(dynaip, tmp_path):
