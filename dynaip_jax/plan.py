@@ -6,6 +6,7 @@ The roofline is what the chip's data sheet allows (`flops.CHIPS`), not a predict
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -170,18 +171,23 @@ def devices(topology: str | None) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as e:  # what libtpu raises has no class of its own
-        if "libtpu" in str(e).lower() and "topology" not in str(e).lower():
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"--topology {topology}: compiling for TPUs needs libtpu, which is not here; pip install 'jax[tpu]'"
             ) from e
         raise UserError(
-            f"--topology {topology}: not known to libtpu ({' '.join(str(e).split())[:120]}); expected such as v5e:4x4, "
-            "v5p:2x2x1, v6e:2x4"
+            f"--topology {topology}: refused by libtpu ({' '.join(str(e).split())[:160]}); expected such as v5e:4x4, v5p:2x2x1, "
+            "v6e:2x4"
         ) from e
 
 
-# without these libtpu looks for the machine's TPUs, and complains that there are none
-QUIET = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost")
+# without these libtpu looks for the machine's TPUs, complains that there are none, and lets one process at a time compile
+QUIET = dict(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
 
 
 def make(job: Job, mesh: Mesh) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_collectives_are_counted_as_often_as_a_loop_goes_round():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--topology", "v5e:9x9"), "--topology v5e:9x9: not known to libtpu"),
+        (("--topology", "v5e:9x9"), "--topology v5e:9x9: refused by libtpu"),
         (("--mesh", "fsdp"), "--mesh fsdp: 'fsdp'; expected such as data=2,fsdp=4,tensor=1"),
         (("--mesh", "fsdp=3"), "mesh data x fsdp x tensor = 1 x 3 x 1: does not fit 1 devices"),
         (("--bath", "4"), "--bath"),
