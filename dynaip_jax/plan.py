@@ -101,7 +101,7 @@ def sampling(
     shape = jax.ShapeDtypeStruct
     ids = [shape((1, lengths[name]), jnp.int32) for name in ("t5_length", "clip_length")]
     rows_of_text = ((1, lengths["t5_length"], transformer.context_in_dim), (1, transformer.vec_in_dim))
-    text = TextCondition(*(shape(x, half) for x in rows_of_text))  # type: ignore[arg-type]
+    text = TextCondition._make(shape(x, half) for x in rows_of_text)
     latents = shape((images, vae.z_channels, side, side), jnp.float32)
     scalar = shape((), jnp.float32)
     guidance = scalar if transformer.guidance_embed else None
@@ -339,7 +339,7 @@ def _rounds(line: str, computations: Mapping[str, list[str]]) -> int:
 
 def _received(kind: str, shape: str, line: str) -> int:
     """Bytes that a device receives in one exchange whose result has `shape`; of a ring for all-reduce."""
-    sizes = [_size(dtype, dims) for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape)]
+    sizes = [_size(int(bits or 8), dims) for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape)]
     size = sum(sizes)
     if f"{kind}-start(" in line and shape.startswith("("):
         size = max(sizes)  # the tuple of an asynchronous start holds operand and result
@@ -351,8 +351,7 @@ def _received(kind: str, shape: str, line: str) -> int:
     return size
 
 
-def _size(dtype: str, dims: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # type: ignore[index]
+def _size(bits: int, dims: str) -> int:
     return math.prod(int(n) for n in dims.split(",") if n) * bits // 8
 
 
