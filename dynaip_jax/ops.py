@@ -101,22 +101,29 @@ def smoothing_matrix(ids: jax.Array, sigma: float = 1.0) -> jax.Array:
     return jax.nn.softmax(-0.5 * distance.astype(jnp.float32) / sigma**2, axis=-1)
 
 
-def auto_region(
-    q: jax.Array, k: jax.Array, words: jax.Array, smoothing: jax.Array, sharpness: float, kernel: str = "auto"
+def word_scores(
+    q: jax.Array, k: jax.Array, words: jax.Array, smoothing: jax.Array, kernel: str = "auto"
 ) -> jax.Array:
-    """Where each subject belongs, float32 `[b, s, i]`, rows sum over s to 1: how strongly image rows attend to its words.
+    """How strongly image rows attend to each subject's words, in logarithms: float32 `[b, s, i]`.
 
     `q` `[b, i, h, d]` of the image rows and `k` `[b, t, h, d]` of the text rows, both after RoPE; `words` `[b or 1, s, t]`;
-    `smoothing` `[b or 1, i, i]`. A subject's score is the attention over the text rows alone, averaged over heads, summed
-    over its words and smoothed over the picture; R_s = score_s^sharpness / sum over subjects. Training-free; our
-    reconstruction (docs/method.md, "Injection").
+    `smoothing` `[b or 1, i, i]`. The attention over the text rows alone, averaged over heads, summed over a subject's words
+    and smoothed over the picture.
     """
     b, t, h, _ = k.shape
     values = jnp.broadcast_to(jnp.moveaxis(words, 1, 2)[:, :, None], (b, t, h, words.shape[1])).astype(jnp.float32)
     score = attention(q, k, values, kernel=kernel).mean(axis=2)
     score = jnp.einsum("bij,bjs->bsi", jnp.broadcast_to(smoothing, (b, *smoothing.shape[1:])), score)
-    # in logarithms: a power of small scores, divided by their sum, would be 0 / 0
-    return jax.nn.softmax(sharpness * jnp.log(score + jnp.finfo(jnp.float32).tiny), axis=1)
+    return jnp.log(score + jnp.finfo(jnp.float32).tiny)
+
+
+def auto_region(scores: jax.Array, sharpness: float) -> jax.Array:
+    """Where each subject belongs, float32 `[b, s, i]`, rows sum over s to 1: exp(scores)^sharpness / sum over subjects.
+
+    `scores` `[b, s, i]`: `word_scores` of a block, or their mean over several. Training-free; our reconstruction
+    (docs/method.md, "Injection").
+    """
+    return jax.nn.softmax(sharpness * scores, axis=1)
 
 
 def pack_latents(z: jax.Array) -> jax.Array:

@@ -546,10 +546,12 @@ def ship(folder: Path, seed: int) -> None:
 
 
 def train_variants(folder: Path, seed: int) -> None:
-    """Adapters that differ in one choice, each trained for `VARIANT_STEPS` steps and measured; rows go into the package."""
+    """Adapters that differ in one choice, each trained for `VARIANT_STEPS` steps, then measured; rows go into the package."""
     root, rows = folder.parent, []
-    judge = read_tree(root / "judge" / WEIGHTS)
-    for name, (asks, changes) in VARIANTS.items():
+    bundle = root / "base" / "bundle"
+    for name, (_, changes) in VARIANTS.items():
+        if (folder / name / "adapter").exists():
+            continue
         print(f"variant {name}", file=sys.stderr)
         config = dataclasses.replace(
             ADAPTER,
@@ -562,20 +564,22 @@ def train_variants(folder: Path, seed: int) -> None:
         if same and not dataset.exists():
             with replacing(dataset, overwrite=True, marks=("index.npz",)) as work:
                 write_dataset(work, _in_processes(partial(synthetic.pair_row, seed, reference="same"), PAIRS // 2))
-        bundle = root / "base" / "bundle"
         features = (folder if same else root / "adapter") / "features"
         run = _trained(config, folder / name, seed, bundle, dataset, features)
         export(run, folder / name / "adapter", None, dtype=SHIPPED, overwrite=True)
+
+    judge = read_tree(root / "judge" / WEIGHTS)
+    for name, (asks, _) in VARIANTS.items():
         pipe = DynaIPPipeline.load(bundle, folder / name / "adapter")
         for row in shapeland.evaluate(pipe, judge, ["default", "dds-off"], seed=seed):
             facts = dict(asks=asks, seed=seed, steps=VARIANT_STEPS)
             dds = "" if row["name"] == "default" else f", {row['name']}"
             rows.append(row | dict(name=f"retrained: {name}{dds}") | facts)
-        default.RETRAINED.write_text(json.dumps(dict(rows=rows), indent=1) + "\n")
+    default.RETRAINED.write_text(json.dumps(dict(rows=rows), indent=1) + "\n")
 
 
 SAME_PICTURE = "same picture"
-VARIANT_STEPS = 1000
+VARIANT_STEPS = 800
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> what it asks, fields of AdapterChoices
     "default": ("the defaults, trained as briefly as the variants", {}),
     "double blocks": ("no injection into the single blocks", dict(blocks="double")),

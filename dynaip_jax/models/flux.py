@@ -42,6 +42,13 @@ class Shared(NamedTuple):
     smoothing: jax.Array | None = None
 
 
+class Found(NamedTuple):
+    """Where subjects belong by the blocks so far: the sum of their `ops.word_scores`, `[b, s, i]`, and their number."""
+
+    scores: jax.Array
+    blocks: jax.Array
+
+
 @dataclass(frozen=True)
 class FluxConfig:
     """Sizes of the transformer, in BFL's field names, and how it is computed.
@@ -71,7 +78,7 @@ class FluxConfig:
     attention: str = "auto"
     reference_query: str = "before_rope"
     reference_merge: str = "sum"
-    region_sharpness: float = 2.0
+    region_sharpness: float = 6.0
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
@@ -179,23 +186,23 @@ class DoubleBlock(nn.Module):
     config: FluxConfig
 
     @nn.compact
-    def __call__(self, rows, shared: Shared, prompt: BlockPrompt | None):
+    def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
         c = self.config
-        img, txt = rows
+        img, txt, found = state
         img_mod = Modulation(c, 6, name="img_mod")(shared.vec)
         txt_mod = Modulation(c, 6, name="txt_mod")(shared.vec)
         img_qkv = QKV(c, name="img_attn")(_modulate(img, *img_mod[:2]))
         txt_qkv = QKV(c, name="txt_attn")(_modulate(txt, *txt_mod[:2]))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
 
-        attn = _attend(c, q, k, v, shared, prompt, text_rows=txt.shape[1])
+        attn, found = _attend(c, q, k, v, shared, prompt, found, text_rows=txt.shape[1])
         txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
 
         img = img + img_mod[2] * _attn_out(c, "img_attn_proj")(img_attn)
         txt = txt + txt_mod[2] * _attn_out(c, "txt_attn_proj")(txt_attn)
         img = img + img_mod[5] * MLP(c, name="img_mlp")(_modulate(img, *img_mod[3:5]))
         txt = txt + txt_mod[5] * MLP(c, name="txt_mlp")(_modulate(txt, *txt_mod[3:5]))
-        return (constrain(img, *ROWS), constrain(txt, *ROWS)), None
+        return (constrain(img, *ROWS), constrain(txt, *ROWS), found), None
 
 
 class SingleBlock(nn.Module):
@@ -205,16 +212,17 @@ class SingleBlock(nn.Module):
     text_rows: int
 
     @nn.compact
-    def __call__(self, rows, shared: Shared, prompt: BlockPrompt | None):
+    def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
         c = self.config
+        rows, found = state
         shift, scale, gate = Modulation(c, 3, name="modulation")(shared.vec)
         x = _modulate(rows, shift, scale)
         q, k, v = QKV(c, name="attn")(x)
-        attn = _attend(c, q, k, v, shared, prompt, text_rows=self.text_rows)
+        attn, found = _attend(c, q, k, v, shared, prompt, found, text_rows=self.text_rows)
         mlp = constrain(_linear(c, c.mlp_dim, ("embed", "mlp"), "mlp_in")(x), *WIDE)
         mlp = _linear(c, c.hidden_size, ("mlp", "embed"), "mlp_out")(nn.gelu(mlp, approximate=True))
         out = _attn_out(c, "attn_out", use_bias=False)(attn) + mlp
-        return constrain(rows + gate * out, *ROWS), None
+        return (constrain(rows + gate * out, *ROWS), found), None
 
 
 class Flux(nn.Module):
@@ -257,11 +265,16 @@ class Flux(nn.Module):
         rope = ops.rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta)
         shared = Shared(vec, rope, region, words, None if words is None else ops.smoothing_matrix(jnp.asarray(img_ids)))
 
+        found = None
+        if words is not None:
+            found = Found(jnp.zeros((img.shape[0], words.shape[1], img.shape[1])), jnp.zeros(()))
+
         per_block = (nn.broadcast, 0)
         blocks = scanned(DoubleBlock, c.depth, remat=c.remat, in_axes=per_block)
-        (img, txt), _ = blocks(c, name="double_blocks")((img, txt), shared, double)
+        (img, txt, found), _ = blocks(c, name="double_blocks")((img, txt, found), shared, double)
         blocks = scanned(SingleBlock, c.depth_single_blocks, remat=c.remat, in_axes=per_block)
-        rows, _ = blocks(c, txt.shape[1], name="single_blocks")(jnp.concatenate([txt, img], axis=1), shared, single)
+        rows = jnp.concatenate([txt, img], axis=1)
+        (rows, _), _ = blocks(c, txt.shape[1], name="single_blocks")((rows, found), shared, single)
 
         shift, scale = Modulation(c, 2, name="final_modulation")(vec)
         out = _linear(c, c.out_channels, ("embed", None), "final_linear")(
@@ -302,19 +315,24 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return (1 + scale) * LayerNorm(affine=False)(x) + shift
 
 
-def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, text_rows: int) -> jax.Array:
-    """Joint attention with RoPE, plus the reference term (docs/method.md, "Injection"), whose keys stand at position 0."""
+def _attend(
+    c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, found: Found | None, text_rows: int
+) -> tuple[jax.Array, Found | None]:
+    """Joint attention with RoPE, plus the reference term (docs/method.md, "Injection"), whose keys stand at position 0; and
+    `found` with what this block adds to it."""
     q, k, v = (constrain(x, *HEADS) for x in (q, k, v))
     rotated, keys = ops.apply_rope(q, shared.rope), ops.apply_rope(k, shared.rope)
     attn = ops.attention(rotated, keys, v, kernel=c.attention)
     if prompt is None:
-        return attn
+        return attn, found
     b, n = q.shape[:2]
     region = shared.region
-    if shared.words is not None and shared.smoothing is not None:
-        region = ops.auto_region(
-            rotated[:, text_rows:], keys[:, :text_rows], shared.words, shared.smoothing, c.region_sharpness, c.attention
+    if found is not None:
+        scores = ops.word_scores(
+            rotated[:, text_rows:], keys[:, :text_rows], shared.words, shared.smoothing, c.attention
         )
+        found = Found(found.scores + scores, found.blocks + 1)
+        region = ops.auto_region(found.scores / found.blocks, c.region_sharpness)
     gain = jnp.concatenate(
         [
             ops.row_gain(prompt.text_gain, None, b, text_rows),
@@ -323,7 +341,7 @@ def _attend(c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, 
         axis=1,
     )
     query = rotated if c.reference_query == "after_rope" else q
-    return attn + ops.reference_attention(query, prompt.kv, gain, c.reference_merge, c.attention)
+    return attn + ops.reference_attention(query, prompt.kv, gain, c.reference_merge, c.attention), found
 
 
 def _split_prompt(c: FluxConfig, prompt: ImagePrompt | None, text_rows: int):

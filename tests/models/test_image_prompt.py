@@ -9,7 +9,7 @@ import pytest
 
 from dynaip_jax import ops
 from dynaip_jax.models import flux
-from dynaip_jax.models.flux import BlockPrompt, DoubleBlock, Flux, FluxConfig, Shared, SingleBlock
+from dynaip_jax.models.flux import BlockPrompt, DoubleBlock, Flux, FluxConfig, Found, Shared, SingleBlock
 from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
 
 CONFIG = FluxConfig.tiny()
@@ -94,11 +94,11 @@ def block_run(block, rows, prompt):
 def test_each_gain_reaches_its_own_branch_only(kind, branch):
     txt, img = normal(3, B, T, CONFIG.hidden_size), normal(4, B, I, CONFIG.hidden_size)
     if kind == "double":
-        run = lambda p: dict(zip(("image", "text"), block_run(DoubleBlock(CONFIG), (img, txt), p), strict=True))  # noqa: E731
+        run = lambda p: dict(zip(("image", "text"), block_run(DoubleBlock(CONFIG), (img, txt, None), p)[:2], strict=True))  # noqa: E731
     else:
 
         def run(p):
-            rows = block_run(SingleBlock(CONFIG, T), jnp.concatenate([txt, img], axis=1), p)
+            rows, _ = block_run(SingleBlock(CONFIG, T), (jnp.concatenate([txt, img], axis=1), None), p)
             return dict(text=rows[:, :T], image=rows[:, T:])
 
     bank = KV(*(x[0] for x in kv(1)))
@@ -132,7 +132,8 @@ def test_injected_term_is_the_equation(query, merge):
     region = jax.random.uniform(jax.random.key(9), (B, S, I))
     prompt = BlockPrompt(bank, jnp.array([[1.0, 0.5], [2.0, 0.0]]), jnp.array([[0.0, 0.3], [0.1, 0.0]]))
     shared = Shared(q[:, 0, 0], rope, region)
-    term = flux._attend(config, q, k, v, shared, prompt, T) - flux._attend(config, q, k, v, shared, None, T)
+    on, off = (flux._attend(config, q, k, v, shared, p, None, T)[0] for p in (prompt, None))
+    term = on - off
     gain = np.concatenate(
         [
             np.repeat(prompt.text_gain[:, None], T, 1),
@@ -208,7 +209,7 @@ def test_auto_region_is_its_definition():
     q, k = (normal(i, B, n, CONFIG.num_heads, CONFIG.head_dim) for i, n in enumerate((I, T)))
     own = jax.nn.softmax(normal(2, 1, S, T), axis=-1)
     smoothing = ops.smoothing_matrix(jnp.asarray(ops.image_ids(8, 8)), sigma=0.8)
-    found = ops.auto_region(q, k, own, smoothing, 1.5)
+    found = ops.auto_region(ops.word_scores(q, k, own, smoothing), 1.5)
 
     grid = [(r, c) for r in range(4) for c in range(4)]
     near = np.array([[np.exp(-((a - x) ** 2 + (b - y) ** 2) / (2 * 0.8**2)) for x, y in grid] for a, b in grid])
@@ -234,7 +235,7 @@ def test_auto_region_follows_the_words():
     smoothing = ops.smoothing_matrix(jnp.asarray(ops.image_ids(8, 8)))
 
     def share(own):
-        return np.asarray(ops.auto_region(q, k, own, smoothing, 2.0))[0].reshape(-1, 4, 4)
+        return np.asarray(ops.auto_region(ops.word_scores(q, k, own, smoothing), 2.0))[0].reshape(-1, 4, 4)
 
     first, second = share(words(2, 5))
     np.testing.assert_allclose(first + second, 1, atol=1e-6)
@@ -249,7 +250,7 @@ def test_auto_region_follows_the_words():
 
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_blocks_find_the_regions_from_their_own_queries_and_keys(model, kind, monkeypatch):
-    """With words for it, each block's region is the one it would be given; without words nothing of it is computed."""
+    """Words move what those blocks draw, each subject's its own; and the regions are used as given ones are."""
     prompt, own = image_prompt(), words(1, 6)
     other = slice(CONFIG.depth) if kind == "single" else slice(CONFIG.depth, None)
     silent = prompt._replace(image_gain=prompt.image_gain.at[other].set(0))
@@ -257,22 +258,52 @@ def test_blocks_find_the_regions_from_their_own_queries_and_keys(model, kind, mo
     assert np.abs(found - plain).max() > 1e-3
     np.testing.assert_allclose(found, model(silent._replace(words=jnp.repeat(own, B, axis=0))), atol=1e-6)
     assert np.abs(found - model(silent._replace(words=own[:, ::-1]))).max() > 1e-3
-    monkeypatch.setattr(ops, "auto_region", lambda q, k, own, *_: jnp.ones((B, S, I)) / 4)
+    monkeypatch.setattr(ops, "auto_region", lambda scores, _: jnp.ones((B, S, I)) / 4)
     given = silent._replace(region=jnp.ones((1, S, I)) / 4)
     run = lambda p: Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p)  # noqa: E731
     np.testing.assert_allclose(run(silent._replace(words=own)), run(given), atol=1e-6)
 
 
-def test_a_block_reads_image_queries_and_text_keys_after_rope():
+def test_a_block_reads_image_queries_and_text_keys_after_rope_and_adds_to_what_is_found():
     q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
     rope, bank = ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), KV(*(x[0] for x in kv(1)))
     prompt, smoothing = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S))), ops.smoothing_matrix(ops.image_ids(8, 8))
-    config = FluxConfig.tiny(region_sharpness=3.0)
-    found = flux._attend(config, q, k, v, Shared(q[:, 0, 0], rope, None, words(1, 6), smoothing), prompt, T)
+    config, own = FluxConfig.tiny(region_sharpness=3.0), words(1, 6)
+    before = Found(normal(5, B, S, I), jnp.float32(2))
+    shared = Shared(q[:, 0, 0], rope, None, own, smoothing)
+    found, after = flux._attend(config, q, k, v, shared, prompt, before, T)
     rotated, keys = (ops.apply_rope(x, rope) for x in (q, k))
-    region = ops.auto_region(rotated[:, T:], keys[:, :T], words(1, 6), smoothing, 3.0)
-    given = flux._attend(config, q, k, v, Shared(q[:, 0, 0], rope, region), prompt, T)
+    scores = before.scores + ops.word_scores(rotated[:, T:], keys[:, :T], own, smoothing)
+    np.testing.assert_allclose(after.scores, scores, atol=1e-6)
+    assert float(after.blocks) == 3
+    region = ops.auto_region(scores / 3, 3.0)
+    given, _ = flux._attend(config, q, k, v, Shared(q[:, 0, 0], rope, region), prompt, None, T)
     np.testing.assert_allclose(found, given, atol=1e-6)
+
+
+def test_regions_are_of_all_blocks_so_far(model, monkeypatch):
+    """Each block adds what it sees; blocks of both kinds count on."""
+    seen, real = [], ops.auto_region
+
+    def watched(scores, sharpness):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), scores, ordered=True)
+        return real(scores, sharpness)
+
+    monkeypatch.setattr(ops, "auto_region", watched)
+    own, each = words(1, 6), []
+    score = ops.word_scores
+
+    def noted(*args):
+        x = score(*args)
+        jax.debug.callback(lambda x: each.append(np.asarray(x)), x, ordered=True)
+        return x
+
+    monkeypatch.setattr(ops, "word_scores", noted)
+    jax.block_until_ready(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=image_prompt(words=own)))
+    jax.effects_barrier()
+    assert len(seen) == len(each) == CONFIG.depth + CONFIG.depth_single_blocks
+    means = np.cumsum(each, axis=0) / np.arange(1, len(each) + 1)[:, None, None, None]
+    np.testing.assert_allclose(seen, means, atol=1e-5)
 
 
 def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypatch):
