@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dynaip_jax.compile_cache import keep_compiled
 from dynaip_jax.errors import Parser, UserError, run_cli
 from dynaip_jax.version import __version__
 
@@ -459,6 +460,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def main() -> int:
     """Entry point of the `dynaip` script."""
+    keep_compiled()
     return run_cli(run)
 
 

@@ -36,6 +36,7 @@ RULES: Mapping[str | None, tuple[str, ...]] = {  # logical axis -> mesh axes; a 
 ROWS = ("batch", None, None)  # [b, n, c]
 WIDE = ("batch", None, "mlp")  # [b, n, width of an MLP]
 HEADS = ("batch", None, "heads", None)  # [b, n, h, d]
+PICTURES = ("batch", None, None, None)  # [b, h, w, c]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # nothing is left in the user's cache
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

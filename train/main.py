@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynaip_jax.compile_cache import keep_compiled
 from dynaip_jax.errors import Parser, UserError, run_cli
 from train import config as config_
 from train.photographs import resolve
@@ -89,4 +90,5 @@ def processes(config: config_.DistributedConfig) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    keep_compiled()
     sys.exit(run_cli(main))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ from jax.typing import DTypeLike
 
 from dynaip_jax import ops
 from dynaip_jax.models.layers import REMAT_POLICIES, linear
+from dynaip_jax.sharding import PICTURES, constrain
 
 NORM_GROUPS = 32
 REMAT = ("none", "full")  # saving matrix products would save nothing here: the work is in convolutions
@@ -96,9 +98,10 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        h = _conv(c, self.width, 3, "conv1")(nn.silu(_norm(c, "norm1")(x)))
+        h = constrain(_conv(c, self.width, 3, "conv1")(nn.silu(_norm(c, "norm1")(x))), *PICTURES)
         h = _conv(c, self.width, 3, "conv2")(nn.silu(_norm(c, "norm2")(h)))
-        return h + (x if x.shape[-1] == self.width else _conv(c, self.width, 1, "nin_shortcut")(x))
+        x = x if x.shape[-1] == self.width else _conv(c, self.width, 1, "nin_shortcut")(x)
+        return constrain(x + h, *PICTURES)
 
 
 class AttentionBlock(nn.Module):
@@ -137,7 +140,7 @@ class Level(nn.Module):
             x = _conv(c, self.width, 3, "downsample", strides=2, padding=((0, 1), (0, 1)))(x)
         elif self.resample == "upsample":
             x = _conv(c, self.width, 3, "upsample")(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
-        return x
+        return constrain(x, *PICTURES)
 
 
 class Mid(nn.Module):
@@ -161,7 +164,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = _conv(c, c.ch, 3, "conv_in")(x)
+        x = constrain(_conv(c, c.ch, 3, "conv_in")(x), *PICTURES)
         for i, width in enumerate(c.widths):
             resample = "downsample" if i < len(c.widths) - 1 else None
             x = Level(c, width, c.num_res_blocks, resample, name=f"down_{i}")(x)
@@ -177,7 +180,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = _conv(c, c.widths[-1], 3, "conv_in")(x)
+        x = constrain(_conv(c, c.widths[-1], 3, "conv_in")(x), *PICTURES)
         x = Mid(c, name="mid")(x)
         for i, width in reversed(list(enumerate(c.widths))):
             x = Level(c, width, c.num_res_blocks + 1, "upsample" if i else None, name=f"up_{i}")(x)
@@ -252,8 +255,14 @@ def _conv(
         param_dtype=c.param_dtype,
         kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "conv_in", "conv_out")),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
+        conv_general_dilated=_with_whole_kernel,
         name=name,
     )
+
+
+def _with_whole_kernel(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    """A convolution whose split kernel is put together first; XLA would send its parts round in a ring of small convolutions."""
+    return jax.lax.conv_general_dilated(x, constrain(kernel, *[None] * kernel.ndim), *args, **options)
 
 
 def _norm(c: VAEConfig, name: str) -> nn.GroupNorm:
