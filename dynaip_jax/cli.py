@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dynaip_jax.compile_cache import keep_compiled
+from dynaip_jax.compiling import keep_compiled
 from dynaip_jax.errors import Parser, UserError, run_cli
 from dynaip_jax.version import __version__
 

@@ -101,9 +101,7 @@ def smoothing_matrix(ids: jax.Array, sigma: float = 1.0) -> jax.Array:
     return jax.nn.softmax(-0.5 * distance.astype(jnp.float32) / sigma**2, axis=-1)
 
 
-def word_scores(
-    q: jax.Array, k: jax.Array, words: jax.Array, smoothing: jax.Array, kernel: str = "auto"
-) -> jax.Array:
+def word_scores(q: jax.Array, k: jax.Array, words: jax.Array, smoothing: jax.Array, kernel: str = "auto") -> jax.Array:
     """How strongly image rows attend to each subject's words, in logarithms: float32 `[b, s, i]`.
 
     `q` `[b, i, h, d]` of the image rows and `k` `[b, t, h, d]` of the text rows, both after RoPE; `words` `[b or 1, s, t]`;

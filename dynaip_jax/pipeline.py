@@ -20,6 +20,7 @@ from PIL import Image
 from dynaip_jax import flow, ops
 from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig, abstract_adapter_params
 from dynaip_jax.bundle import Bundle, read_adapter_manifest, read_adapter_weights
+from dynaip_jax.compiling import QUICK
 from dynaip_jax.data import images
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.flux import Flux, FluxConfig
@@ -335,7 +336,7 @@ class DynaIPPipeline:
         )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def encode_text(t5, clip, t5_params, clip_params, t5_ids, clip_ids) -> TextCondition:
     """T5 states and CLIP's pooled vector of token ids `[b, t]`, `[b, 77]`."""
     states = COMPONENTS["t5"].module(t5).apply({"params": t5_params}, t5_ids)
@@ -343,7 +344,7 @@ def encode_text(t5, clip, t5_params, clip_params, t5_ids, clip_ids) -> TextCondi
     return TextCondition(states, pooled)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def make_image_prompt(
     vision, config: DynaIPConfig, vision_params, params, pixels, options
 ) -> tuple[ImagePrompt, jax.Array]:
@@ -407,7 +408,7 @@ def denoise(
     return ops.unpack_latents(flow.euler(velocity, ops.pack_latents(noise), times), h, w)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def decode(config, params, latents: jax.Array) -> jax.Array:
     """Latents `[b, c, h, w]` -> pictures `[b, H, W, 3]`, about [-1, 1]."""
     return COMPONENTS["vae"].module(config).apply({"params": params}, latents, method="decode")

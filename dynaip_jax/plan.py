@@ -124,10 +124,9 @@ def sampling(
         vision = configs["clip_vision"]
         pixels = shape((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
         options = dict(image_gain=scalar, text_gain=scalar)
-        prompt, _ = jax.eval_shape(
-            lambda v, a, p, o: make_image_prompt(vision, adapter, v, a, p, o),
-            parts["clip_vision"], parts["adapter"], pixels, options,
-        )  # fmt: skip
+        prompt, _ = make_image_prompt.eval_shape(
+            vision, adapter, parts["clip_vision"], parts["adapter"], pixels, options
+        )
         programs.append(
             Program(
                 "references",

@@ -29,6 +29,7 @@ RULES: Mapping[str | None, tuple[str, ...]] = {  # logical axis -> mesh axes; a 
     "head_dim": (),
     "layers": (),
     "batch": BATCH,  # this and "heads", "mlp": of activations too
+    "height": AXES,  # of pictures: what the batch leaves of the mesh
     None: (),
 }
 
@@ -36,7 +37,7 @@ RULES: Mapping[str | None, tuple[str, ...]] = {  # logical axis -> mesh axes; a 
 ROWS = ("batch", None, None)  # [b, n, c]
 WIDE = ("batch", None, "mlp")  # [b, n, width of an MLP]
 HEADS = ("batch", None, "heads", None)  # [b, n, h, d]
-PICTURES = ("batch", None, None, None)  # [b, h, w, c]
+PICTURES = ("batch", "height", None, None)  # [b, h, w, c]
 
 
 @dataclass(frozen=True)

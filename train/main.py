@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynaip_jax.compile_cache import keep_compiled
+from dynaip_jax.compiling import keep_compiled
 from dynaip_jax.errors import Parser, UserError, run_cli
 from train import config as config_
 from train.photographs import resolve

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dynaip_jax import default, flow
 from dynaip_jax.adapter.dynaip import DynaIPConfig, init_adapter_params
 from dynaip_jax.bundle import Bundle
+from dynaip_jax.compiling import QUICK
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.registry import COMPONENTS, FAMILIES, abstract_params, init_params
 from dynaip_jax.sharding import abstract, batch_sharding, shardings
@@ -117,7 +118,7 @@ def load(config: TrainConfig, bundle: Bundle, mesh: Mesh, *, encoders: bool = Tr
 
 def step_functions(mesh: Mesh, state_shardings: TrainState) -> tuple[Any, Any]:
     """`features_of` and `train_step`, jitted for a mesh; to be called, or lowered, with the mesh set (`jax.set_mesh`)."""
-    features_fn = jax.jit(features_of, static_argnums=0, out_shardings=batch_sharding(mesh))
+    features_fn = jax.jit(features_of, static_argnums=0, out_shardings=batch_sharding(mesh), compiler_options=QUICK)
     step_fn = jax.jit(train_step, static_argnums=0, donate_argnums=1, out_shardings=(state_shardings, replicated(mesh)))
     return features_fn, step_fn
 

@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 
 from dynaip_jax import default
 from dynaip_jax.bundle import Bundle, NewComponent, flatten, read_tree, replace_component, replacing, write_bundle
-from dynaip_jax.compile_cache import keep_compiled
+from dynaip_jax.compiling import keep_compiled
 from dynaip_jax.data import images, synthetic
 from dynaip_jax.data.sources import DataConfig
 from dynaip_jax.data.store import write_dataset

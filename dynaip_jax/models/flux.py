@@ -327,7 +327,7 @@ def _attend(
         return attn, found
     b, n = q.shape[:2]
     region = shared.region
-    if found is not None:
+    if found is not None and shared.words is not None and shared.smoothing is not None:
         scores = ops.word_scores(
             rotated[:, text_rows:], keys[:, :text_rows], shared.words, shared.smoothing, c.attention
         )
