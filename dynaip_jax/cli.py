@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="kernel of the transformer (default: auto)",
     )
+    p.add_argument(
+        "--offload-text",
+        action="store_true",
+        help="keep T5 in the host's memory and on the device only while it encodes (needs 9.5 GB less there for FLUX.1)",
+    )
     files.add_argument(
         "--output", type=Path, required=True, metavar="OUT.png", help="the picture, or the grid of several"
     )
@@ -301,7 +306,13 @@ def sample(args: argparse.Namespace) -> int:
         )
     mesh = parse_mesh(args.mesh) if args.mesh else None
     pipe = DynaIPPipeline.load(
-        model, adapter, dtype=args.dtype, any_base=args.any_base, mesh=mesh, attention=args.attention
+        model,
+        adapter,
+        dtype=args.dtype,
+        any_base=args.any_base,
+        mesh=mesh,
+        attention=args.attention,
+        offload_text=args.offload_text,
     )
     with warnings.catch_warnings(action="ignore"):
         result = pipe(args.prompt, references, masks=args.mask, progress=sys.stderr.isatty(), **options)

@@ -63,9 +63,11 @@ class DynaIPPipeline:
         tokenizers: Tokenizers,
         adapter: tuple[DynaIPConfig, Any] | None,
         mesh: Mesh | None = None,
+        offload_text: bool = False,
     ):
         self.bundle = bundle
         self.mesh = mesh
+        self.offload_text = offload_text
         self.configs = configs
         self.params = params
         self.tokenizers = tokenizers
@@ -83,13 +85,14 @@ class DynaIPPipeline:
         any_base: bool = False,
         mesh: MeshConfig | None = None,
         attention: str = "auto",
+        offload_text: bool = False,
     ) -> DynaIPPipeline:
         """Reads a bundle and, if given, an adapter made for it.
 
         `dtype`: "float32" or "bfloat16", of weights and activations; None = float32 on CPU, bfloat16 elsewhere. The VAE decodes
         in float32 always. `any_base` accepts an adapter trained on another base of the same sizes. `mesh`: the devices that share
         the work, each of which reads and holds its part of every component; None = one device. `attention`: of the transformer,
-        one of `kernels.KERNELS`.
+        one of `kernels.KERNELS`. `offload_text`: T5 waits in the host's memory and is on the devices only while it encodes.
         Raises `UserError` if anything on disk is not what it should be or does not fit together.
         """
         opened = Bundle.open(bundle, FAMILIES)
@@ -115,14 +118,18 @@ class DynaIPPipeline:
         def targets(boxed: Any) -> Any:
             return on_one_device(nn.meta.unbox(boxed)) if grid is None else abstract(boxed, grid)
 
-        params = {name: opened.load(name, targets(abstract_params(name, configs[name], boxed=True))) for name in names}
+        params = {}
+        for name in sorted(names, key=lambda name: name != "t5"):  # T5 leaves the devices before the others come
+            params[name] = opened.load(name, targets(abstract_params(name, configs[name], boxed=True)))
+            if name == "t5" and offload_text:
+                params[name] = _moved(params[name], "pinned_host")
         lengths = opened.manifest["text"]
         tokenizers = Tokenizers.load(opened.path / "tokenizers", lengths["t5_length"], lengths["clip_length"])
         with_adapter = None
         if adapter is not None and adapter_config is not None:
             target = targets(abstract_adapter_params(adapter_config, boxed=True))
             with_adapter = adapter_config, read_adapter_weights(adapter, target)
-        return cls(opened, configs, params, tokenizers, with_adapter, grid)
+        return cls(opened, configs, params, tokenizers, with_adapter, grid, offload_text)
 
     def __call__(
         self,
@@ -262,7 +269,7 @@ class DynaIPPipeline:
             return encode_text(
                 self.configs["t5"],
                 self.configs["clip_text"],
-                self.params["t5"],
+                _moved(self.params["t5"], "device") if self.offload_text else self.params["t5"],
                 self.params["clip_text"],
                 self.tokenizers.t5(prompts),
                 self.tokenizers.clip(prompts),
@@ -325,7 +332,9 @@ class DynaIPPipeline:
     def _blame_nan(self) -> None:
         trees = dict(self.params) | ({"adapter": self.adapter[1]} if self.adapter else {})
         bad = [
-            name for name, tree in trees.items() if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
+            name
+            for name, tree in trees.items()
+            if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(_moved(tree, "device")))
         ]
         if bad:
             raise UserError(
@@ -412,6 +421,11 @@ def denoise(
 def decode(config, params, latents: jax.Array) -> jax.Array:
     """Latents `[b, c, h, w]` -> pictures `[b, H, W, 3]`, about [-1, 1]."""
     return COMPONENTS["vae"].module(config).apply({"params": params}, latents, method="decode")
+
+
+def _moved(tree: Any, memory: str) -> Any:
+    """`tree` in another memory of the same devices: "device" or "pinned_host"."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), tree)
 
 
 def _adapter_config(path, bundle: Bundle, configs: dict, any_base: bool, dtype) -> DynaIPConfig:

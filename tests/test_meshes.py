@@ -36,6 +36,12 @@ def on_meshes(folder, bundle, adapter):
         for part, tree in (pipe.params | dict(adapter=pipe.adapter[1])).items():
             arrays = flatten(tree).values()
             shares[part] = sum(x.addressable_shards[0].data.size for x in arrays) / sum(x.size for x in arrays)
+        if pipe.mesh.size == pipe.mesh.shape["fsdp"]:
+            again = DynaIPPipeline.load(bundle, adapter, mesh=parse_mesh(name), offload_text=True)
+            assert {x.sharding.memory_kind for x in jax.tree.leaves(again.params["t5"])} == {"pinned_host"}
+            text, same = (p.encode_text(["a cat and a cup"]) for p in (pipe, again))
+            jax.tree.map(np.testing.assert_array_equal, same, text)
+            assert {x.sharding.memory_kind for x in same} == {"device"}
         np.savez(folder / f"{name}.npz", pictures=pictures, routing=routing)
         (folder / f"{name}.json").write_text(json.dumps(shares))
     q, k, v = (jax.random.normal(jax.random.key(n), (4, 128, 2, 128)) for n in range(3))
