@@ -42,11 +42,13 @@ setup(
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "train": ["tensorboardX"],
+        "quantized": ["qwix>=0.1.8"],
         "test": [
             "pytest",
             "pytest-xdist",
             "jax[tpu]>=0.10,<0.12",  # compiles for TPUs on any machine
             "hypothesis",
+            "qwix>=0.1.8",
             "torch==2.13.0",
             "diffusers==0.42.1",
             "accelerate",

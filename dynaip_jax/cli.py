@@ -83,7 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="kernel of the transformer (default: auto)",
     )
-    p.add_argument(
+    files.add_argument(
+        "--weights",
+        choices=("full", "int8", "fp8"),
+        default="full",
+        help="of the transformer's blocks: 8 bits need half the memory, at an error (needs qwix; default: full)",
+    )
+    files.add_argument(
         "--offload-text",
         action="store_true",
         help="keep T5 in the host's memory and on the device only while it encodes (needs 9.5 GB less there for FLUX.1)",
@@ -312,6 +318,7 @@ def sample(args: argparse.Namespace) -> int:
         any_base=args.any_base,
         mesh=mesh,
         attention=args.attention,
+        weights=args.weights,
         offload_text=args.offload_text,
     )
     with warnings.catch_warnings(action="ignore"):

@@ -23,11 +23,13 @@ from dynaip_jax.bundle import Bundle, read_adapter_manifest, read_adapter_weight
 from dynaip_jax.compiling import QUICK
 from dynaip_jax.data import images
 from dynaip_jax.errors import UserError
-from dynaip_jax.models.flux import Flux, FluxConfig
+from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.registry import COMPONENTS, FAMILIES, abstract_params
+from dynaip_jax.quantize import model as transformer_model
+from dynaip_jax.quantize import quantized
 from dynaip_jax.sharding import MeshConfig, abstract, make_mesh, on_one_device
 from dynaip_jax.text import Tokenizers
-from dynaip_jax.types import MERGES, ImagePrompt
+from dynaip_jax.types import MERGES, WEIGHTS, ImagePrompt
 
 Picture = str | Path | np.ndarray | Image.Image
 TRUE_CFG = 4.0  # scale used with a negative prompt when none is given
@@ -85,6 +87,7 @@ class DynaIPPipeline:
         any_base: bool = False,
         mesh: MeshConfig | None = None,
         attention: str = "auto",
+        weights: str = "full",
         offload_text: bool = False,
     ) -> DynaIPPipeline:
         """Reads a bundle and, if given, an adapter made for it.
@@ -92,7 +95,8 @@ class DynaIPPipeline:
         `dtype`: "float32" or "bfloat16", of weights and activations; None = float32 on CPU, bfloat16 elsewhere. The VAE decodes
         in float32 always. `any_base` accepts an adapter trained on another base of the same sizes. `mesh`: the devices that share
         the work, each of which reads and holds its part of every component; None = one device. `attention`: of the transformer,
-        one of `kernels.KERNELS`. `offload_text`: T5 waits in the host's memory and is on the devices only while it encodes.
+        one of `kernels.KERNELS`. `weights`: of its blocks, one of `types.WEIGHTS`; 8 bits halve their memory at an error.
+        `offload_text`: T5 waits in the host's memory and is on the devices only while it encodes.
         Raises `UserError` if anything on disk is not what it should be or does not fit together.
         """
         opened = Bundle.open(bundle, FAMILIES)
@@ -105,7 +109,9 @@ class DynaIPPipeline:
         for name in names:
             kind = jnp.float32 if name == "vae" else compute
             configs[name] = opened.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
-        configs["transformer"] = dataclasses.replace(configs["transformer"], attention=attention)
+        if weights not in WEIGHTS:
+            raise UserError(f"--weights {weights}: expected one of {', '.join(WEIGHTS)}")
+        configs["transformer"] = dataclasses.replace(configs["transformer"], attention=attention, weights=weights)
         _check_widths(opened, configs)
         adapter_config = None if adapter is None else _adapter_config(adapter, opened, configs, any_base, compute)
         if adapter_config is not None:
@@ -123,6 +129,8 @@ class DynaIPPipeline:
             params[name] = opened.load(name, targets(abstract_params(name, configs[name], boxed=True)))
             if name == "t5" and offload_text:
                 params[name] = _moved(params[name], "pinned_host")
+            if name == "transformer":
+                params[name] = quantized(configs[name], params[name])
         lengths = opened.manifest["text"]
         tokenizers = Tokenizers.load(opened.path / "tokenizers", lengths["t5_length"], lengths["clip_length"])
         with_adapter = None
@@ -395,7 +403,7 @@ def denoise(
     if image_prompt is not None and branches == 2:
         on = jnp.repeat(jnp.array([1.0, 0.0]), b)[:, None]
         image_prompt = image_prompt.tiled(branches).scaled(on)
-    model: Any = Flux(config)
+    model: Any = transformer_model(config)
     fixed = dict(
         img_ids=jnp.asarray(ops.image_ids(h, w)),
         txt=states,

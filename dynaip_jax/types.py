@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 QUERIES = ("before_rope", "after_rope")  # of the reference term
 MERGES = ("sum", "concat")  # of several subjects, in the reference term
+WEIGHTS = ("full", "int8", "fp8")  # of the transformer's blocks
 
 
 class KV(NamedTuple):

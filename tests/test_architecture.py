@@ -20,7 +20,7 @@ FORBIDDEN = {  # package or module: what it may not import, by prefix
     "tools": ("train", "configs", "tests"),
 }  # fmt: skip
 GRAIN = "dynaip_jax.data.loader"  # subclasses a class of grain, so it is itself imported late
-LAZY = (GRAIN, "transformers", "grain", "tensorflow_datasets", "matplotlib", "tqdm", "tensorboardX")
+LAZY = (GRAIN, "transformers", "grain", "tensorflow_datasets", "matplotlib", "tqdm", "tensorboardX", "qwix")
 
 
 def modules():

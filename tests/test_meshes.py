@@ -37,7 +37,9 @@ def on_meshes(folder, bundle, adapter):
             arrays = flatten(tree).values()
             shares[part] = sum(x.addressable_shards[0].data.size for x in arrays) / sum(x.size for x in arrays)
         if pipe.mesh.size == pipe.mesh.shape["fsdp"]:
-            again = DynaIPPipeline.load(bundle, adapter, mesh=parse_mesh(name), offload_text=True)
+            again = DynaIPPipeline.load(bundle, adapter, mesh=parse_mesh(name), offload_text=True, weights="int8")
+            kernel = again.params["transformer"]["single_blocks"]["mlp_in"]["kernel"].array.qvalue
+            assert kernel.addressable_shards[0].data.size * pipe.mesh.size == kernel.size
             assert {x.sharding.memory_kind for x in jax.tree.leaves(again.params["t5"])} == {"pinned_host"}
             text, same = (p.encode_text(["a cat and a cup"]) for p in (pipe, again))
             jax.tree.map(np.testing.assert_array_equal, same, text)

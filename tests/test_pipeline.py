@@ -1,5 +1,6 @@
 """The pipeline on the embedded tiny model: what each option does, and what it must not do."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from dynaip_jax.adapter.dynaip import DynaIPConfig, adapter_to_dict, init_adapte
 from dynaip_jax.bundle import write_adapter
 from dynaip_jax.errors import UserError
 from dynaip_jax.pipeline import DynaIPPipeline
+from dynaip_jax.quantize import quantized
 
 SIZE = dict(steps=3, height=32, width=48)
 
@@ -196,6 +198,27 @@ def test_bfloat16_draws_about_the_same(tiny, plain):
     half = draw(DynaIPPipeline.load(tiny[0], dtype="bfloat16"))
     error = np.abs(half.astype(int) - plain.astype(int)).mean()
     assert 0 < error < 20
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights):
+    small = DynaIPPipeline.load(*tiny, weights=weights, offload_text=True)
+    size = {p: sum(x.nbytes for x in jax.tree.leaves(p.params["transformer"]["double_blocks"])) for p in (pipe, small)}
+    assert size[small] < 0.35 * size[pipe]  # of float32; what is not a product's weight stays
+    robot = photographs()[0]
+    full, found = draw(pipe, robot).astype(float), draw(small, robot).astype(float)
+    assert 0 < np.abs(found - full).mean() < 4
+
+
+def test_weights_are_rounded_a_channel_and_a_block_at_a_time(pipe):
+    config = dataclasses.replace(pipe.configs["transformer"], weights="int8")
+    blocks = dict(pipe.params["transformer"])
+    kernel = quantized(config, dict(blocks))["single_blocks"]["mlp_in"]["kernel"].array
+    full = np.asarray(blocks["single_blocks"]["mlp_in"]["kernel"])
+    scale = np.abs(full).max(axis=1, keepdims=True) / 127.5
+    assert kernel.qvalue.dtype == np.int8
+    np.testing.assert_allclose(kernel.scale, scale, rtol=0.01)
+    np.testing.assert_allclose(np.asarray(kernel.qvalue) * np.asarray(kernel.scale), full, atol=scale.max() * 0.51)
 
 
 def test_what_would_be_cut_from_a_prompt_is_said(base):

@@ -20,7 +20,7 @@ from dynaip_jax import ops
 from dynaip_jax.kernels import KERNELS
 from dynaip_jax.models.layers import LayerNorm, RMSNorm, linear, scanned
 from dynaip_jax.sharding import HEADS, ROWS, WIDE, constrain
-from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
+from dynaip_jax.types import KV, MERGES, QUERIES, WEIGHTS, ImagePrompt
 
 
 class BlockPrompt(NamedTuple):
@@ -53,7 +53,8 @@ class Found(NamedTuple):
 class FluxConfig:
     """Sizes of the transformer, in BFL's field names, and how it is computed.
 
-    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `dtype`: activations and matrix products;
+    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `weights`: of `types.WEIGHTS`, see
+    `quantize`; `dtype`: activations and matrix products;
     `param_dtype`: the parameters that `init` makes. Of the reference term, as the adapter was trained: `reference_query`, one
     of `types.QUERIES`; `reference_merge`, one of `types.MERGES` (see `ops.reference_attention`). `region_sharpness`: exponent
     of `ops.auto_region`; 0 gives every subject the same share everywhere.
@@ -76,6 +77,7 @@ class FluxConfig:
     param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
     attention: str = "auto"
+    weights: str = "full"
     reference_query: str = "before_rope"
     reference_merge: str = "sum"
     region_sharpness: float = 6.0
@@ -88,7 +90,9 @@ class FluxConfig:
             raise ValueError(
                 f"axes_dim {self.axes_dim}: expected even numbers that add up to the head size {self.head_dim}"
             )
-        for name, allowed in (("attention", KERNELS), ("reference_query", QUERIES), ("reference_merge", MERGES)):
+        for name, allowed in dict(
+            attention=KERNELS, weights=WEIGHTS, reference_query=QUERIES, reference_merge=MERGES
+        ).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {allowed}")
 

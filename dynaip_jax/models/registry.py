@@ -18,7 +18,7 @@ from dynaip_jax.models.vae import VAE, VAEConfig
 FAMILIES = ("flux",)
 # how, not what, or an adapter's choice: not stored with the weights
 COMPUTE_FIELDS = (
-    "dtype", "param_dtype", "remat", "attention", "reference_query", "reference_merge", "region_sharpness",
+    "dtype", "param_dtype", "remat", "attention", "weights", "reference_query", "reference_merge", "region_sharpness",
 )  # fmt: skip
 
 
