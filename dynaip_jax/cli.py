@@ -100,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--overwrite", action="store_true", help="replace existing pictures")
 
     what = p.add_argument_group("what to make")
-    what.add_argument("--prompt", required=True, metavar="TEXT")
+    what.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="give several to draw them in one batch"
+    )
     what.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from (true CFG: two passes a step)")
     what.add_argument(
         "--true-cfg",
@@ -283,6 +285,7 @@ def sample(args: argparse.Namespace) -> int:
     if args.noise is not None:
         options["noise"] = _load_noise(args.noise)
         count = len(options["noise"]) if options["noise"].ndim else 1
+    each, count = count, count * len(args.prompt)
     outputs = [args.output]
     if count > 1:
         outputs += [args.output.with_name(f"{args.output.stem}_{k}.png") for k in range(count)]
@@ -322,7 +325,8 @@ def sample(args: argparse.Namespace) -> int:
         offload_text=args.offload_text,
     )
     with warnings.catch_warnings(action="ignore"):
-        result = pipe(args.prompt, references, masks=args.mask, progress=sys.stderr.isatty(), **options)
+        prompt = args.prompt if len(args.prompt) > 1 else args.prompt[0]
+        result = pipe(prompt, references, masks=args.mask, progress=sys.stderr.isatty(), **options)
     for note in result.warnings:
         print(f"warning: {note}", file=sys.stderr)
 
@@ -340,8 +344,9 @@ def sample(args: argparse.Namespace) -> int:
             print(f"{subject.picture}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)
     seeds: list[int | None] = list(result.seeds) if result.seeds else [None] * len(result.images)
     singles = outputs[1:] if count > 1 else outputs
-    for image, path, seed in zip(result.images, singles, seeds, strict=True):
-        images.save_png(image, path, settings | dict(seed=seed), overwrite=args.overwrite)
+    for k, (image, path, seed) in enumerate(zip(result.images, singles, seeds, strict=True)):
+        own = settings | dict(prompt=args.prompt[k // each], seed=seed)
+        images.save_png(image, path, own, overwrite=args.overwrite)
         print(path)
     if count > 1:
         images.save_png(images.grid(result.images), args.output, settings | dict(seed=seeds), overwrite=args.overwrite)

@@ -141,7 +141,7 @@ class DynaIPPipeline:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         references: Sequence[Picture] = (),
         *,
         masks: Sequence[str | Path | np.ndarray] = (),
@@ -167,11 +167,13 @@ class DynaIPPipeline:
     ) -> Generation:
         """Makes pictures. Every option left at None takes the bundle's default.
 
+        - `prompt`: one, or several, whose pictures are made in one batch: first all of the first prompt, and so on;
         - `references`: one picture a subject; `masks`: none, or one a reference, white where that subject may appear in the output;
         - `words`: none, or one a reference: the words of the prompt that name that subject ("" where there are none);
         - `regions`: "auto" finds where each subject belongs from the attention to its words, "none" lets all act everywhere;
           None = auto if there are words. Masks win over both;
-        - `seed`: image k of `num_images` uses seed + k, so that each can be made again alone; or `noise` `[b, c, h, w]`, initial latents;
+        - `seed`: image k of the `num_images` of each prompt uses seed + k, so that each can be made again alone; or `noise`
+          `[b, c, h, w]`, initial latents, for each prompt the same;
         - `guidance`: scale embedded by a guidance-distilled base; `true_cfg`: scale against `negative_prompt`, two passes a step
           (a base that needs it says so in its bundle's defaults, and then steers away from the empty prompt; 1 = off);
         - `height`, `width`: pixels, multiples of 16;
@@ -184,6 +186,9 @@ class DynaIPPipeline:
 
         Raises `UserError` for options that do not fit the model or each other, and for non-finite results.
         """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("--prompt: none given; expected at least one")
         references, masks, words = list(references), list(masks), list(words)
         self._check_image_options(references, masks, image_scale, text_gain, granularity, image_start, image_end)
         transformer = self.configs["transformer"]
@@ -207,10 +212,12 @@ class DynaIPPipeline:
 
         latent = (vae.z_channels, height // vae.downsample, width // vae.downsample)
         noise, seeds = _initial_noise(noise, seed, num_images, latent)
+        each = len(noise)
+        noise, seeds = np.concatenate([noise] * len(prompts)), seeds and seeds * len(prompts)
 
         notes = [
             f"prompt: the {encoder} encoder takes no more; it does not see: {tail!r}"
-            for text in (prompt, negative_prompt or "")
+            for text in (*prompts, negative_prompt or "")
             for encoder, tail in self.tokenizers.cut(text).items()
         ]
         for note in notes:
@@ -222,18 +229,27 @@ class DynaIPPipeline:
             region = None
             if masks:
                 region = images.regions([_mask(m, height, width) for m in masks], multiple)[None]
-            rows = self.tokenizers.t5_words(prompt, [w for w in words if w])  # checked even where they are not used
+            named = [w for w in words if w]
+            rows = np.stack(
+                [self.tokenizers.t5_words(p, named) for p in prompts]
+            )  # checked even where they are not used
+            if len(prompts) > 1:
+                rows = np.repeat(rows, each, axis=0)
             image_prompt, weights = self.image_prompt(
                 pixels[None],
                 image_gain=image_scale,
                 text_gain=text_gain,
                 granularity=granularity,
                 region=region,
-                words=rows[None] if region_mode == "auto" and not masks else None,
+                words=rows if region_mode == "auto" and not masks else None,
             )
             routing = np.asarray(weights[0]).reshape(len(references), -1, 3).mean(axis=1)
 
-        text = self.encode_text([prompt] + ([negative_prompt] if negative_prompt is not None else []))
+        text = self.encode_text(prompts + ([negative_prompt] if negative_prompt is not None else []))
+        if len(prompts) > 1:  # a row for each picture, then the negative one as often
+            negative = [len(prompts)] * (len(noise) if negative_prompt is not None else 0)
+            order = np.array([p for p in range(len(prompts)) for _ in range(each)] + negative)
+            text = jax.tree.map(lambda x: x[order], text)
         times = flow.schedule(steps, (latent[1] // 2) * (latent[2] // 2), self.schedule)
         with self._on_mesh(), _progress_bar(steps, progress) as reporting:
             latents = denoise(

@@ -233,7 +233,7 @@ def _fill(word, broken, photograph):
 def test_existing_pictures_are_kept_unless_told(dynaip, tiny, tmp_path):
     out = tmp_path / "o.png"
     (tmp_path / "o_1.png").write_text("mine")
-    command = ("sample", "--model", tiny[0], "--prompt", "x", "--output", out, "--num-images", 2, *SMALL)
+    command = ("sample", "--model", tiny[0], "--prompt", "x", "--prompt", "y", "--output", out, *SMALL)
     started = time.perf_counter()
     status, _, stderr = dynaip(*command)
     assert status == 2 and "o_1.png: exists already" in stderr and "--overwrite" in stderr
@@ -241,6 +241,8 @@ def test_existing_pictures_are_kept_unless_told(dynaip, tiny, tmp_path):
     assert (tmp_path / "o_1.png").read_text() == "mine" and not out.exists()
     assert dynaip(*command, "--overwrite")[0] == 0
     assert Image.open(tmp_path / "o_1.png").size == (32, 32)
+    drawn = [read_settings(tmp_path / name) for name in ("o_0.png", "o_1.png", "o.png")]
+    assert [s["prompt"] for s in drawn] == ["x", "y", ["x", "y"]]
 
 
 def test_long_prompt_warns_and_draws(dynaip, tiny, tmp_path):

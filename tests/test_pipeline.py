@@ -171,6 +171,19 @@ def test_each_seed_can_be_drawn_alone(base):
     assert (np.asarray(three.images[0]) != np.asarray(three.images[1])).any()
 
 
+def test_prompts_of_a_batch_are_drawn_as_each_alone(pipe):
+    options = SIZE | dict(num_images=2, seed=5, negative_prompt="dull", words=["cat", "cup"])
+    prompts = ["a cat and a cup", "the red cup, next to it a cat"]
+    batch = pipe(prompts, photographs(), **options)
+    assert batch.seeds == [5, 6, 5, 6] and batch.settings["prompt"] == prompts
+    alone = [image for p in prompts for image in pipe(p, photographs(), **options).images]
+    for found, expected in zip(batch.images, alone, strict=True):
+        np.testing.assert_allclose(np.asarray(found, int), np.asarray(expected, int), atol=1)
+    assert np.abs(np.asarray(alone[0], int) - np.asarray(alone[2], int)).max() > 4
+    with pytest.raises(UserError, match="--prompt: none given"):
+        pipe([], photographs(), **SIZE)
+
+
 def test_true_cfg_steers_and_scale_one_is_plain(base, plain):
     assert (draw(base, negative_prompt="a dog", true_cfg=3.0) != plain).any()
     one = np.asarray(draw(base, negative_prompt="a dog", true_cfg=1.0), int)
