@@ -483,7 +483,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def main() -> int:
     """Entry point of the `dynaip` script."""
-    keep_compiled()
+    if sys.argv[1:2] != ["plan"]:  # which says how long compiling takes
+        keep_compiled()
     return run_cli(run)
 
 

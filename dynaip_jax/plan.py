@@ -37,13 +37,14 @@ GIB = 2**30
 
 class Program(NamedTuple):
     """A jitted function to be compiled: how to lower it; how often it runs in one step or picture; FLOPs of one run on all
-    devices; the components whose parameters it is given."""
+    devices; the components whose parameters it is given; how often a run reads them."""
 
     name: str
     lower: Callable[[], Any]
     runs: int
     flops: int
     components: tuple[str, ...]
+    reads: int = 1
 
 
 class Job(NamedTuple):
@@ -149,6 +150,7 @@ def sampling(
             runs=1,
             flops=images * picture,
             components=("transformer",),
+            reads=steps,
         ),
         Program("decode", lambda: decode.lower(vae, parts["vae"], latents), runs=1, flops=0, components=("vae",)),
     ]  # fmt: skip
@@ -221,6 +223,7 @@ def make(job: Job, mesh: Mesh) -> dict[str, Any]:
                 name=program.name,
                 runs=program.runs,
                 flops_per_chip=program.flops / mesh.devices.size,
+                compiled_flops=_counted(compiled),
                 arguments_bytes=memory.argument_size_in_bytes,
                 scratch_bytes=scratch,
                 needed_bytes=needed,
@@ -257,12 +260,12 @@ def make(job: Job, mesh: Mesh) -> dict[str, Any]:
 def _roofline(
     program: Program, read: int, found: dict[str, Any], count: int, chip: flops.Chip | None
 ) -> dict[str, Any]:
-    """Seconds of one run by products, memory (arguments read once) and links, and the longest of them."""
+    """Seconds of one run by products, memory (arguments read as often as the program says) and links, and the longest of them."""
     if chip is None:
         return {}
     seconds = dict(
         compute=program.flops / count / chip.flops,
-        memory=read / chip.memory_rate,
+        memory=program.reads * read / chip.memory_rate,
         links=sum(kind["bytes"] for kind in found.values()) / chip.link_rate,
     )
     return dict(seconds=seconds, roofline_seconds=max(seconds.values()))
@@ -272,6 +275,12 @@ def _refusal(message: str) -> str:
     """What the compiler says of memory, in a line."""
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", message)
     return f"needs {found[1]} of {found[2]} {found[3]}" if found else " ".join(message.split())[:200]
+
+
+def _counted(compiled: Any) -> float | None:
+    """FLOPs of a chip as the compiler counts them, the body of each loop once; to compare meshes by."""
+    costs = compiled.cost_analysis() or {}
+    return costs.get("flops")
 
 
 def _count(tree: Any) -> int:

@@ -31,6 +31,19 @@ def test_a_training_step_on_a_topology(dynaip):
     assert report["step_seconds"] == pytest.approx(features["roofline_seconds"] + step["roofline_seconds"])
 
 
+def test_training_weak_scales(dynaip):
+    """Four times the chips and the batch: the same work and no more memory a chip."""
+
+    def step(topology, mesh, batch):
+        words = ("--topology", topology, "--mesh", mesh, "--batch", batch, "--json")
+        return json.loads(dynaip("plan", "--config", RECIPE, *words)[1])["programs"][1]
+
+    few, many = step("v5e:2x2", "fsdp=4", 4), step("v5e:4x4", "data=4,fsdp=4", 16)
+    for flops_of in ("flops_per_chip", "compiled_flops"):
+        assert 0 < many[flops_of] == pytest.approx(few[flops_of], rel=0.05)
+    assert many["needed_bytes"] < 1.05 * few["needed_bytes"]
+
+
 def test_sampling_on_these_devices_and_a_chip_that_is_too_small(dynaip, monkeypatch):
     command = ("plan", "--config", RECIPE, "--job", "sample", "--sample.size", 64, "--sample.steps", 2)
     status, stdout, stderr = dynaip(*command)
