@@ -120,7 +120,7 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
     product = jax.jit(lambda a: a @ a)
     ceiling = 2 * size.matrix**3 / _median(lambda: product(matrix).block_until_ready(), 10 * repeats)
     params = jax.jit(lambda key: init_params("transformer", flux, key))(next(keys))
-    kind = DynaIPConfig.for_base(flux, CLIP_WIDTH, dtype=half, param_dtype=half)
+    kind = DynaIPConfig.for_base(flux, CLIP_WIDTH, blocks="double", dtype=half, param_dtype=half)
     adapter = jax.jit(lambda key: init_adapter_params(kind, key))(next(keys))
     text = TextCondition(normal(1, size.text, flux.context_in_dim), normal(1, flux.vec_in_dim))
     noise = normal(1, 16, 2 * size.grid, 2 * size.grid).astype(jnp.float32)
@@ -141,7 +141,7 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
     forward = flops.transformer(flux, tokens, size.text)
 
     def training(grid: int) -> dict[str, float]:
-        trained = DynaIPConfig.for_base(flux, CLIP_WIDTH, dtype=half)
+        trained = DynaIPConfig.for_base(flux, CLIP_WIDTH, blocks="double", dtype=half)
         recipe = Recipe(
             configs=(("transformer", FluxConfig(**size.flux, dtype=half, param_dtype=half, remat="full")),),
             adapter=trained, schedule=flow.ScheduleConfig(), optim=config_.OptimConfig(), accumulate=1, guidance=1.0,

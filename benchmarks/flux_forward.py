@@ -70,7 +70,7 @@ def main() -> int:
     plain = forward.lower({"params": params}, **x).compile()
     compile_s = time.perf_counter() - start
 
-    adapter = DynaIPConfig.for_base(config, CLIP_WIDTH)
+    adapter = DynaIPConfig.for_base(config, CLIP_WIDTH, blocks="double")
     features = [jnp.asarray(rng.normal(size=(1, 1, REFERENCE_TOKENS, CLIP_WIDTH)), jnp.float32)] * 3
     weights = init_adapter_params(adapter, jax.random.key(0))
     prompt, _ = jax.jit(lambda p, f: DynaIP(adapter).apply({"params": p}, f, text_gain=0.0))(weights, features)

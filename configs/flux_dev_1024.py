@@ -3,7 +3,7 @@
 Command:   python -m train.main --config configs/flux_dev_1024.py --workdir runs/flux-1024 \\
                --bundle bundles/flux-dev --data.path data/subjects
 Hardware:  16 chips of 16 GiB (TPU v5e 4x4) or 8 GPUs of 80 GB; on another number of devices set --mesh.fsdp and --batch
-Memory:    7.6 of 16 GiB a chip on v5e:4x4 by `dynaip plan` (docs/performance.md)
+Memory:    5.6 of 16 GiB a chip on v5e:4x4 by `dynaip plan` (docs/performance.md)
 Speed:     not measured
 """
 

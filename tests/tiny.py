@@ -55,6 +55,7 @@ def make_adapter(path, bundle):
         base.config("transformer", COMPONENTS["transformer"].config),
         vision.hidden_size,
         hmoe=dict(levels=(max(1, n - 2), n - 1, n), expert_width=2 * vision.hidden_size),
+        blocks="double",
     )
     params = init_adapter_params(config, jax.random.key(SEED))
     value_key, router_key = jax.random.split(jax.random.key(SEED + 1))

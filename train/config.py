@@ -24,7 +24,7 @@ from dynaip_jax.sharding import MeshConfig
 class AdapterChoices:
     """The adapter to train; sizes not here are the base's and its CLIP's."""
 
-    blocks: Literal["double", "all"] = "double"  # which blocks of the base it is injected into
+    blocks: Literal["double", "all"] = "all"  # which blocks of the base it is injected into
     query: Literal["before_rope", "after_rope"] = "before_rope"  # of the reference term, in the base's blocks
     merge: Literal["sum", "concat"] = "sum"  # of several references: one softmax each, or one over all
     levels: tuple[int, int, int] = (10, 17, 24)  # CLIP hidden states, low to high

@@ -28,7 +28,7 @@ class DynaIPConfig:
     `types.MERGES`): how the base is to compute the reference term; the base's config takes them over."""
 
     hmoe: HMoEConfig = field(default_factory=HMoEConfig)
-    blocks: str = "double"
+    blocks: str = "all"
     query: str = "before_rope"
     merge: str = "sum"
     depth: int = 19
