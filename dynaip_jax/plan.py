@@ -278,7 +278,7 @@ def _refusal(message: str) -> str:
 
 
 def _counted(compiled: Any) -> float | None:
-    """FLOPs of a chip as the compiler counts them, the body of each loop once; to compare meshes by."""
+    """FLOPs of a chip as the compiler counts them, the body of each loop once, so that a product done as a ring counts once too."""
     costs = compiled.cost_analysis() or {}
     return costs.get("flops")
 
