@@ -147,7 +147,7 @@ def test_muon_takes_the_matrices_and_goes_on_after_a_restart(config, tmp_path):
     )
     names = [jax.tree_util.keystr(path) for path, _ in moved]
     assert (
-        len(names) == 23 and sum("expert" in name for name in names) == 6 and not any("bias" in name for name in names)
+        len(names) == 25 and sum("expert" in name for name in names) == 6 and not any("bias" in name for name in names)
     )
     straight = train(dataclasses.replace(run, steps=20), tmp_path / "straight")
     train(dataclasses.replace(run, steps=10), tmp_path / "cut")
