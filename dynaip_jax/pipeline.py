@@ -112,6 +112,9 @@ class DynaIPPipeline:
         if weights not in WEIGHTS:
             raise UserError(f"--weights {weights}: expected one of {', '.join(WEIGHTS)}")
         configs["transformer"] = dataclasses.replace(configs["transformer"], attention=attention, weights=weights)
+        transformer_model(
+            configs["transformer"]
+        )  # if it needs qwix and that is not here, says so before anything is read
         _check_widths(opened, configs)
         adapter_config = None if adapter is None else _adapter_config(adapter, opened, configs, any_base, compute)
         if adapter_config is not None:

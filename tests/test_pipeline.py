@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dynaip_jax.adapter.dynaip import DynaIPConfig, adapter_to_dict, init_adapter_params
-from dynaip_jax.bundle import write_adapter
+from dynaip_jax.bundle import Bundle, write_adapter
 from dynaip_jax.errors import UserError
 from dynaip_jax.pipeline import DynaIPPipeline
 from dynaip_jax.quantize import quantized
@@ -221,6 +222,15 @@ def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights):
     robot = photographs()[0]
     full, found = draw(pipe, robot).astype(float), draw(small, robot).astype(float)
     assert 0 < np.abs(found - full).mean() < 4
+
+
+def test_eight_bit_weights_without_qwix_or_of_another_kind(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    monkeypatch.setattr(Bundle, "load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match="--weights: 8-bit weights need qwix, which is not here; pip install qwix"):
+        DynaIPPipeline.load(*tiny, weights="int8")
+    with pytest.raises(UserError, match="--weights int4: expected one of full, int8, fp8"):
+        DynaIPPipeline.load(*tiny, weights="int4")
 
 
 def test_weights_are_rounded_a_channel_and_a_block_at_a_time(pipe):
