@@ -133,7 +133,7 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
         prompt = bank(adapter, features) if subjects else None
         options = dict(guidance=jnp.float32(3.5), true_cfg=None, window=jnp.array([0.0, 1.0]))
         return _median(
-            lambda: denoise(flux, params, noise, text, prompt, times, **options).block_until_ready(), repeats
+            lambda: jax.block_until_ready(denoise(flux, params, noise, text, prompt, times, **options)), repeats
         )
 
     seconds = {f"{s} subject{'s' * (s != 1)}": picture(s) for s in (0, 1, 2, 4)}

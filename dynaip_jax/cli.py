@@ -117,6 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--seed", type=int, metavar="N", help="image k uses seed N + k (default 0)")
     what.add_argument("--num-images", type=int, metavar="N")
     what.add_argument(
+        "--cache-threshold",
+        type=float,
+        metavar="X",
+        help="First Block Cache: steps whose first block changes less than X take the other blocks' share from before: faster, "
+        "at an error (default: off)",
+    )
+    what.add_argument(
         "--noise", type=Path, metavar="FILE.npy", help="initial latents [b, 16, h/8, w/8] in place of a seed"
     )
 
@@ -259,6 +266,7 @@ def sample(args: argparse.Namespace) -> int:
             "merge",
             "image_start",
             "image_end",
+            "cache_threshold",
         )
         if getattr(args, name) is not None
     }
@@ -339,6 +347,8 @@ def sample(args: argparse.Namespace) -> int:
         mask=[str(m) for m in args.mask],
         noise=None if args.noise is None else str(args.noise),
     )
+    if "cached_steps" in settings:
+        print(f"{settings['cached_steps']} of {settings['steps']} steps from the cache", file=sys.stderr)
     if result.routing is not None:
         for subject, (low, mid, high) in zip(args.reference, result.routing, strict=True):
             print(f"{subject.picture}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +57,19 @@ def interpolate(clean: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.A
 
 
 def euler(
-    velocity: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], x: jax.Array, times: jax.Array
-) -> jax.Array:
-    """Integrates dx = v dt over `times` `[n + 1]` in one `lax.scan`, in float32: x += (t_next - t) v(x, t, step / n)."""
+    velocity: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    times: jax.Array,
+    state: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Integrates dx = v dt over `times` `[n + 1]` in one `lax.scan`, in float32: x += (t_next - t) v, where
+    v, state = `velocity(x, t, step / n, state)`. Returns x and the last state."""
     n = len(times) - 1
 
-    def step(x, now):
-        t, t_next, index = now
-        return x + (t_next - t) * velocity(x, t, index / n).astype(jnp.float32), None
+    def step(carry, now):
+        (x, state), (t, t_next, index) = carry, now
+        v, state = velocity(x, t, index / n, state)
+        return (x + (t_next - t) * v.astype(jnp.float32), state), None
 
-    x, _ = jax.lax.scan(step, x.astype(jnp.float32), (times[:-1], times[1:], jnp.arange(n)))
-    return x
+    carry, _ = jax.lax.scan(step, (x.astype(jnp.float32), state), (times[:-1], times[1:], jnp.arange(n)))
+    return carry

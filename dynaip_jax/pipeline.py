@@ -23,7 +23,7 @@ from dynaip_jax.bundle import Bundle, read_adapter_manifest, read_adapter_weight
 from dynaip_jax.compiling import QUICK
 from dynaip_jax.data import images
 from dynaip_jax.errors import UserError
-from dynaip_jax.models.flux import FluxConfig
+from dynaip_jax.models.flux import FluxConfig, StepCache
 from dynaip_jax.models.registry import COMPONENTS, FAMILIES, abstract_params
 from dynaip_jax.quantize import model as transformer_model
 from dynaip_jax.quantize import quantized
@@ -166,6 +166,7 @@ class DynaIPPipeline:
         image_start: float = 0.0,
         image_end: float = 1.0,
         fit: Literal["pad", "crop"] = "pad",
+        cache_threshold: float | None = None,
         progress: bool = False,
     ) -> Generation:
         """Makes pictures. Every option left at None takes the bundle's default.
@@ -185,7 +186,9 @@ class DynaIPPipeline:
         - `granularity`: non-negative (low, mid, high) in place of the router's weights;
         - `merge`: whether several subjects are summed, or compete for each row ("concat"); None = as the adapter says;
         - `image_start`, `image_end`: the part of the steps, in [0, 1], in which the image prompt acts;
-        - `fit`: "pad" or "crop" references to CLIP's square.
+        - `fit`: "pad" or "crop" references to CLIP's square;
+        - `cache_threshold`: First Block Cache: a step in which the first block's share has changed by no more than this part since
+          the last whole step takes what the other blocks add from there; decided for the batch as one. None = off.
 
         Raises `UserError` for options that do not fit the model or each other, and for non-finite results.
         """
@@ -210,6 +213,8 @@ class DynaIPPipeline:
         steps = self.defaults["steps"] if steps is None else steps
         if steps < 1:
             raise UserError(f"--steps {steps}: expected at least 1")
+        if cache_threshold is not None and not 0 < cache_threshold < np.inf:
+            raise UserError(f"--cache-threshold {cache_threshold}: expected a positive number, such as 0.1")
         guidance = self._guidance(guidance)
         negative_prompt, cfg = _true_cfg(negative_prompt, true_cfg, self.defaults.get("true_cfg"))
 
@@ -255,7 +260,7 @@ class DynaIPPipeline:
             text = jax.tree.map(lambda x: x[order], text)
         times = flow.schedule(steps, (latent[1] // 2) * (latent[2] // 2), self.schedule)
         with self._on_mesh(), _progress_bar(steps, progress) as reporting:
-            latents = denoise(
+            latents, reused = denoise(
                 transformer,
                 self.params["transformer"],
                 jnp.asarray(noise),
@@ -265,6 +270,7 @@ class DynaIPPipeline:
                 guidance=None if guidance is None else jnp.float32(guidance),
                 true_cfg=None if cfg is None else jnp.float32(cfg),
                 window=jnp.array([image_start, image_end], jnp.float32),
+                cache_threshold=None if cache_threshold is None else jnp.float32(cache_threshold),
                 reporting=reporting,
             )
             latents.block_until_ready()
@@ -275,6 +281,8 @@ class DynaIPPipeline:
         settings: dict[str, Any] = dict(prompt=prompt, steps=steps, guidance=guidance, height=height, width=width)
         if cfg is not None:
             settings |= dict(negative_prompt=negative_prompt, true_cfg=cfg)
+        if reused is not None:
+            settings |= dict(cache_threshold=cache_threshold, cached_steps=int(reused))
         if routing is not None:
             settings |= dict(
                 image_scale=image_scale,
@@ -407,14 +415,16 @@ def denoise(
     guidance: jax.Array | None,
     true_cfg: jax.Array | None,
     window: jax.Array,
+    cache_threshold: jax.Array | None = None,
     reporting: bool = False,
-) -> jax.Array:
-    """The whole denoising loop: noise `[b, c, h, w]` -> latents `[b, c, h, w]`, float32.
+) -> tuple[jax.Array, jax.Array | None]:
+    """The whole denoising loop: noise `[b, c, h, w]` -> latents `[b, c, h, w]`, float32, and with a cache the number of steps that
+    took the blocks' work from it.
 
     `text`: a row (the prompt), or two (prompt, negative prompt) with `true_cfg`: v = v_neg + true_cfg (v - v_neg), where the
     negative pass has no image prompt; either for all pictures, or b rows of each for a prompt a picture. `image_prompt` is
     shared by all of the batch, or one a picture; it acts where window[0] <= step / steps < window[1].
-    `times` `[steps + 1]` as from `flow.schedule`.
+    `times` `[steps + 1]` as from `flow.schedule`. `cache_threshold`: see `models.flux.StepCache`; None: every step runs all blocks.
     """
     b, _, h, w = noise.shape
     branches = 1 if true_cfg is None else 2
@@ -431,17 +441,26 @@ def denoise(
         guidance=None if guidance is None else jnp.broadcast_to(guidance, (branches * b,)),
     )
 
-    def velocity(x, t, done):
+    cache = None
+    if cache_threshold is not None:
+        cache = StepCache.empty(config, branches * b, h // 2 * (w // 2), cache_threshold)
+
+    def velocity(x, t, done, cache):
         prompt = image_prompt
         if prompt is not None:
             prompt = prompt.scaled(((window[0] <= done) & (done < window[1])).astype(jnp.float32))
         rows = jnp.concatenate([x] * branches)
-        v = model.apply({"params": params}, rows, timesteps=jnp.full(branches * b, t), image_prompt=prompt, **fixed)
+        v = model.apply(
+            {"params": params}, rows, timesteps=jnp.full(branches * b, t), image_prompt=prompt, cache=cache, **fixed
+        )
+        if cache is not None:
+            v, cache = v
         if reporting:
             jax.debug.callback(_step_done)
-        return v if true_cfg is None else v[b:] + true_cfg * (v[:b] - v[b:])
+        return v if true_cfg is None else v[b:] + true_cfg * (v[:b] - v[b:]), cache
 
-    return ops.unpack_latents(flow.euler(velocity, ops.pack_latents(noise), times), h, w)
+    latents, cache = flow.euler(velocity, ops.pack_latents(noise), times, cache)
+    return ops.unpack_latents(latents, h, w), None if cache is None else cache.reused
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dynaip_jax import flops, flow
+from dynaip_jax import flops, flow, hlo
 from dynaip_jax.adapter.dynaip import DynaIPConfig, abstract_adapter_params
 from dynaip_jax.bundle import Bundle
 from dynaip_jax.errors import UserError
@@ -31,7 +31,6 @@ from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.pipeline import TextCondition, decode, denoise, encode_text, make_image_prompt
 from dynaip_jax.sharding import abstract
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 GIB = 2**30
 
 
@@ -217,20 +216,21 @@ def make(job: Job, mesh: Mesh) -> dict[str, Any]:
         own = sum(components[name]["bytes_per_chip"] for name in program.components)
         needed = resident - own + memory.argument_size_in_bytes + scratch
         used = max(used, needed)
-        found = collectives(compiled.as_text())
+        found = hlo.count(compiled.as_text())
         programs.append(
             dict(
                 name=program.name,
                 runs=program.runs,
                 flops_per_chip=program.flops / mesh.devices.size,
-                compiled_flops=_counted(compiled),
+                compiled_flops=found.product_flops,
+                kernels=found.kernels,
                 arguments_bytes=memory.argument_size_in_bytes,
                 scratch_bytes=scratch,
                 needed_bytes=needed,
-                collectives=found,
+                collectives=found.collectives,
                 compile_seconds=round(time.monotonic() - began, 1),
             )
-            | _roofline(program, memory.argument_size_in_bytes, found, mesh.devices.size, chip)
+            | _roofline(program, memory.argument_size_in_bytes, found.collectives, mesh.devices.size, chip)
         )
     available = None if chip is None else int(chip.memory)
     if problem is None and available is not None and used > available:
@@ -277,90 +277,12 @@ def _refusal(message: str) -> str:
     return f"needs {found[1]} of {found[2]} {found[3]}" if found else " ".join(message.split())[:200]
 
 
-def _counted(compiled: Any) -> float | None:
-    """FLOPs of a chip as the compiler counts them, the body of each loop once, so that a product done as a ring counts once too."""
-    costs = compiled.cost_analysis() or {}
-    return costs.get("flops")
-
-
 def _count(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def _bytes_per_chip(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-# --- the compiled program's text
-
-
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Exchanges between devices in a compiled program: kind -> how many are run, and the bytes a device receives in all.
-
-    Loops count as often as they go round. `hlo`: as from `Compiled.as_text()`.
-    """
-    computations = _computations(hlo)
-    totals: dict[str, dict[str, int]] = {}
-
-    def visit(name: str, times: int) -> None:
-        for line in computations.get(name, ()):
-            found = re.match(r"(?:ROOT )?%?\S+ = (.+?) ([a-z][\w\-]*)\(", line)
-            if not found:
-                continue
-            shape, kind = found[1], found[2].removesuffix("-start")
-            if kind in COLLECTIVES:
-                total = totals.setdefault(kind, dict(count=0, bytes=0))
-                total["count"] += times
-                total["bytes"] += times * _received(kind, shape, line)
-            rounds = times
-            if kind == "while":
-                rounds *= _rounds(line, computations)
-            for callee in re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)", line):
-                visit(callee, rounds)
-
-    visit("ENTRY", 1)
-    return totals
-
-
-def _computations(hlo: str) -> dict[str, list[str]]:
-    """Name -> its lines; the main one is called ENTRY."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            lines = found.setdefault("ENTRY" if head[1] else head[2], [])
-        elif line.startswith(" "):
-            lines.append(line.strip())
-    return found
-
-
-def _rounds(line: str, computations: Mapping[str, list[str]]) -> int:
-    """How often a while loop goes round: as the compiler says, or the constant that its condition compares with."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = computations.get(condition[1], []) if condition else []
-    limits = [int(n) for text in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
-    return max(limits, default=1)
-
-
-def _received(kind: str, shape: str, line: str) -> int:
-    """Bytes that a device receives in one exchange whose result has `shape`; of a ring for all-reduce."""
-    sizes = [_size(int(bits or 8), dims) for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape)]
-    size = sum(sizes)
-    if f"{kind}-start(" in line and shape.startswith("("):
-        size = max(sizes)  # the tuple of an asynchronous start holds operand and result
-    if kind == "all-reduce":
-        return 2 * size
-    if kind == "reduce-scatter":
-        operands = re.findall(r"replica_groups=\[(\d+),(\d+)\]", line)
-        return size * (int(operands[0][1]) if operands else 1)
-    return size
-
-
-def _size(bits: int, dims: str) -> int:
-    return math.prod(int(n) for n in dims.split(",") if n) * bits // 8
 
 
 # --- reports
@@ -376,9 +298,11 @@ def text(report: dict[str, Any]) -> str:
         )
     lines.append("")
     for p in report["programs"]:
+        kernels = f" and {p['kernels']} runs of kernels" if p["kernels"] else ""
         lines.append(
-            f"{p['name']}: {p['flops_per_chip'] / 1e12:.2f} TFLOP a chip, {p['needed_bytes'] / GIB:.2f} GiB in all "
-            f"({p['scratch_bytes'] / GIB:.2f} scratch), compiled in {p['compile_seconds']} s"
+            f"{p['name']}: {p['flops_per_chip'] / 1e12:.2f} TFLOP a chip by formula, {p['compiled_flops'] / 1e12:.2f} in compiled "
+            f"products{kernels}, {p['needed_bytes'] / GIB:.2f} GiB in all ({p['scratch_bytes'] / GIB:.2f} scratch), compiled in "
+            f"{p['compile_seconds']} s"
         )
         for kind, total in p["collectives"].items():
             lines.append(f"    {kind:18} {total['count']:6} times {total['bytes'] / GIB:9.3f} GiB")

@@ -4,12 +4,9 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dynaip_jax import flops, plan
-from dynaip_jax.sharding import MeshConfig, constrain, make_mesh
 from tests.train.runs import RECIPE
 
 TOPOLOGY = "v5e:2x2"
@@ -41,6 +38,7 @@ def test_training_weak_scales(dynaip):
     few, many = step("v5e:2x2", "fsdp=4", 4), step("v5e:4x4", "data=4,fsdp=4", 16)
     for flops_of in ("flops_per_chip", "compiled_flops"):
         assert 0 < many[flops_of] == pytest.approx(few[flops_of], rel=0.05)
+    assert many["kernels"] == few["kernels"]
     assert many["needed_bytes"] < 1.05 * few["needed_bytes"]
 
 
@@ -56,21 +54,6 @@ def test_sampling_on_these_devices_and_a_chip_that_is_too_small(dynaip, monkeypa
     assert re.fullmatch(
         r"does not fit: \w+: needs [\d.]+ GiB a chip, 0.0 are there: parameters [\d.]+, scratch [\d.]+.*", last
     )
-
-
-def test_collectives_are_counted_as_often_as_a_loop_goes_round():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4), plan.devices(TOPOLOGY))
-
-    def layers(weights, x):
-        return jax.lax.scan(lambda x, w: (constrain(jnp.tanh(x @ w), "batch", None), None), x, weights)[0]
-
-    def placed(shape, *parts):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*parts)))
-
-    with jax.set_mesh(mesh):
-        program = jax.jit(layers).lower(placed((5, 256, 256), None, "fsdp"), placed((512, 256), "fsdp")).compile()
-    found = plan.collectives(program.as_text())
-    assert found == {"all-gather": dict(count=5, bytes=5 * 256 * 256 * 2)}
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Sampler:
             prompt, _ = make_image_prompt(
                 vision, recipe.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, options
             )
-        latents = denoise(
+        latents, _ = denoise(
             transformer,
             state.ema.get("transformer", frozen.get("transformer")),
             self._noise,

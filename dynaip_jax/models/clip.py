@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from dynaip_jax import ops
 from dynaip_jax.models.hf import check_config, config_from_hf
 from dynaip_jax.models.layers import LayerNorm, embedding, linear, scanned
+from dynaip_jax.sharding import HEADS, ROWS, WIDE, constrain
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -161,13 +162,15 @@ class CLIPBlock(nn.Module):
         c = self.config
         h = _norm(c, "layer_norm1")(x)
         heads = (c.num_attention_heads, c.head_dim)
-        q, k, v = (_linear(c, heads, ("embed", "heads", "head_dim"), f"{name}_proj")(h) for name in "qkv")
+        axes = ("embed", "heads", "head_dim")
+        q, k, v = (constrain(_linear(c, heads, axes, f"{name}_proj")(h), *HEADS) for name in "qkv")
         bias = jnp.triu(jnp.full((1, 1, x.shape[1], x.shape[1]), -jnp.inf), 1) if self.causal else None
         attn = ops.attention(q, k, v, bias=bias, kernel=c.attention)
         x = x + _linear(c, c.hidden_size, ("heads", "head_dim", "embed"), "out_proj", axis=(-2, -1))(attn)
 
-        h = _linear(c, c.intermediate_size, ("embed", "mlp"), "fc1")(_norm(c, "layer_norm2")(x))
-        return x + _linear(c, c.hidden_size, ("mlp", "embed"), "fc2")(ACTIVATIONS[c.hidden_act](h)), None
+        h = constrain(_linear(c, c.intermediate_size, ("embed", "mlp"), "fc1")(_norm(c, "layer_norm2")(x)), *WIDE)
+        x = x + _linear(c, c.hidden_size, ("mlp", "embed"), "fc2")(ACTIVATIONS[c.hidden_act](h))
+        return constrain(x, *ROWS), None
 
 
 class CLIPText(nn.Module):

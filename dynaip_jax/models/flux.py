@@ -9,7 +9,7 @@ Text rows come before image rows wherever the two are joined.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -47,6 +47,27 @@ class Found(NamedTuple):
 
     scores: jax.Array
     blocks: jax.Array
+
+
+class StepCache(NamedTuple):
+    """First Block Cache, handed from one sampling step to the next: the first block shows how much has changed, and where that is
+    little, what all the others add is taken from before.
+
+    `threshold`: of the mean absolute change of what the first block adds, relative to its mean absolute value; `first`, `rest`
+    `[b, i, c]`: what the first and what the other blocks added to image rows in the last step that ran them all; `reused`:
+    int32, steps that did not. One decision for the whole batch. Source: ParaAttention, "First Block Cache", as in diffusers.
+    """
+
+    threshold: jax.Array
+    first: jax.Array
+    rest: jax.Array
+    reused: jax.Array
+
+    @classmethod
+    def empty(cls, config: FluxConfig, batch: int, image_rows: int, threshold: jax.Array) -> StepCache:
+        """Before the first step, which runs all blocks."""
+        nothing = jnp.zeros((batch, image_rows, config.hidden_size), config.dtype)
+        return cls(threshold, nothing, nothing, jnp.zeros((), jnp.int32))
 
 
 @dataclass(frozen=True)
@@ -238,9 +259,10 @@ class Flux(nn.Module):
     - `txt` `[b, t, context_in_dim]` T5 states, `txt_ids` `[b or 1, t, 3]` (zeros);
     - `timesteps` `[b]` in [0, 1], 1 = pure noise; `pooled` `[b, vec_in_dim]` CLIP pooled text;
     - `guidance` `[b]`, or None exactly when `config.guidance_embed` is false;
-    - `image_prompt`: see `ImagePrompt`; the parameter tree is the same with and without it.
+    - `image_prompt`: see `ImagePrompt`; the parameter tree is the same with and without it;
+    - `cache`: see `StepCache`; a step that runs all blocks runs the first twice.
 
-    Returns the velocity `[b, i, out_channels]` in float32. Raises `ValueError` for guidance that does not fit the config
+    Returns the velocity `[b, i, out_channels]` in float32; with a cache, that and the cache for the next step. Raises `ValueError` for guidance that does not fit the config
     and for an image prompt of another depth, head count or head size, of another number of text rows, or with both regions
     and words.
     """
@@ -249,8 +271,17 @@ class Flux(nn.Module):
 
     @nn.compact
     def __call__(
-        self, img, img_ids, txt, txt_ids, timesteps, pooled, guidance=None, image_prompt: ImagePrompt | None = None
-    ) -> jax.Array:
+        self,
+        img,
+        img_ids,
+        txt,
+        txt_ids,
+        timesteps,
+        pooled,
+        guidance=None,
+        image_prompt: ImagePrompt | None = None,
+        cache: StepCache | None = None,
+    ) -> Any:
         c = self.config
         if (guidance is not None) != c.guidance_embed:
             raise ValueError(
@@ -273,18 +304,18 @@ class Flux(nn.Module):
         if words is not None:
             found = Found(jnp.zeros((img.shape[0], words.shape[1], img.shape[1])), jnp.zeros(()))
 
-        per_block = (nn.broadcast, 0)
-        blocks = scanned(DoubleBlock, c.depth, remat=c.remat, in_axes=per_block)
-        (img, txt, found), _ = blocks(c, name="double_blocks")((img, txt, found), shared, double)
-        blocks = scanned(SingleBlock, c.depth_single_blocks, remat=c.remat, in_axes=per_block)
-        rows = jnp.concatenate([txt, img], axis=1)
-        (rows, _), _ = blocks(c, txt.shape[1], name="single_blocks")((rows, found), shared, single)
+        state = (img, txt, found)
+        if cache is None:
+            rows = _all_blocks(self, state, shared, double, single)
+        else:
+            rows, cache = _cached_blocks(self, state, shared, double, single, cache)
 
         shift, scale = Modulation(c, 2, name="final_modulation")(vec)
         out = _linear(c, c.out_channels, ("embed", None), "final_linear")(
-            _modulate(rows[:, txt.shape[1] :], shift, scale)
+            _modulate(rows, shift, scale)
         )
-        return out.astype(jnp.float32)
+        out = out.astype(jnp.float32)
+        return out if cache is None else (out, cache)
 
     @staticmethod
     def inputs_spec(
@@ -301,6 +332,53 @@ class Flux(nn.Module):
             pooled=jax.ShapeDtypeStruct((batch, c.vec_in_dim), f32),
         )
         return spec | (dict(guidance=jax.ShapeDtypeStruct((batch,), f32)) if c.guidance_embed else {})
+
+
+def _double_blocks(flux: Flux, depth: int, state, shared: Shared, prompt: BlockPrompt | None):
+    blocks = scanned(DoubleBlock, depth, remat=flux.config.remat, in_axes=(nn.broadcast, 0))
+    return blocks(flux.config, name="double_blocks")(state, shared, prompt)[0]
+
+
+def _all_blocks(flux: Flux, state, shared: Shared, double: BlockPrompt | None, single: BlockPrompt | None) -> jax.Array:
+    """Image rows `[b, i, c]` after all blocks."""
+    c = flux.config
+    img, txt, found = _double_blocks(flux, c.depth, state, shared, double)
+    text_rows = txt.shape[1]
+    blocks = scanned(SingleBlock, c.depth_single_blocks, remat=c.remat, in_axes=(nn.broadcast, 0))
+    rows = jnp.concatenate([txt, img], axis=1)
+    (rows, _), _ = blocks(c, text_rows, name="single_blocks")((rows, found), shared, single)
+    return rows[:, text_rows:]
+
+
+def _cached_blocks(
+    flux: Flux, state, shared: Shared, double: BlockPrompt | None, single: BlockPrompt | None, cache: StepCache
+) -> tuple[jax.Array, StepCache]:
+    """Image rows after all blocks, or after the first with what the others added before; and the cache that follows."""
+
+    def first_of(tree):
+        return jax.tree.map(lambda x: x[:1], tree)
+
+    def first_block(flux: Flux) -> jax.Array:
+        return _double_blocks(flux, 1, state, shared, first_of(double))[0]
+
+    def slim(variables):
+        params = variables["params"]
+        return {"params": {**params, "double_blocks": first_of(params["double_blocks"])}}
+
+    after = nn.map_variables(first_block, "params", trans_in_fn=slim)(flux)
+    first = after - state[0]
+
+    def size(x):
+        return jnp.mean(jnp.abs(x.astype(jnp.float32)))
+
+    def reuse(flux: Flux) -> tuple[jax.Array, StepCache]:
+        return after + cache.rest, cache._replace(reused=cache.reused + 1)
+
+    def run(flux: Flux) -> tuple[jax.Array, StepCache]:
+        rows = _all_blocks(flux, state, shared, double, single)
+        return rows, cache._replace(first=first, rest=rows - after)
+
+    return nn.cond(size(first - cache.first) <= cache.threshold * size(cache.first), reuse, run, flux)
 
 
 def _linear(c: FluxConfig, features, axes, name: str, use_bias: bool = True) -> nn.DenseGeneral:

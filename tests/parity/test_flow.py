@@ -35,7 +35,7 @@ def test_euler_takes_the_schedulers_own_steps():
     scheduler = theirs(6, 300, True)
     x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     field = lambda x, t: np.sin(3 * x) + t  # noqa: E731
-    ours = flow.euler(lambda x, t, _: jnp.sin(3 * x) + t, jnp.asarray(x), jnp.asarray(scheduler.sigmas))
+    ours, _ = flow.euler(lambda x, t, *_: (jnp.sin(3 * x) + t, None), jnp.asarray(x), jnp.asarray(scheduler.sigmas))
     for t in scheduler.timesteps:
         x = scheduler.step(torch.tensor(field(x.numpy(), t.item() / 1000)), t, x).prev_sample
     np.testing.assert_allclose(ours, x, atol=1e-5)
@@ -43,7 +43,7 @@ def test_euler_takes_the_schedulers_own_steps():
 
 def test_euler_tells_how_far_it_is():
     times = jnp.linspace(1, 0, 5)
-    total = flow.euler(lambda x, t, done: -jnp.full_like(x, done), jnp.zeros(1), times)
+    total, _ = flow.euler(lambda x, t, done, _: (-jnp.full_like(x, done), None), jnp.zeros(1), times)
     np.testing.assert_allclose(total, (0 + 0.25 + 0.5 + 0.75) / 4)
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 
-from dynaip_jax import ops
+from dynaip_jax import flow, ops
 from dynaip_jax.errors import UserError
-from dynaip_jax.models.flux import Flux, FluxConfig
+from dynaip_jax.models.flux import Flux, FluxConfig, StepCache
 from dynaip_jax.tensorfile import TensorFile
 from tests.conftest import FIXTURES
 from tools.convert_torch_weights import engine
@@ -114,6 +114,33 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is():
     ours = Flux(half).apply({"params": jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params)}, **x)
     ours, theirs = (np.sqrt(np.mean((np.asarray(y) - exact) ** 2)) for y in (ours, theirs))
     assert 0 < ours <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("threshold, whole", [(0.05, 24), (0.4, 13), (9.0, 1)])
+def test_step_cache_of_diffusers(threshold, whole):
+    """24 Euler steps with First Block Cache: the same latents, and as many steps that ran all blocks."""
+    model, times = torch_model(), np.linspace(1, 0, 25, dtype=np.float32)
+    config = convert_flux.config_from_diffusers(dict(model.config))
+    params = convert_flux.params_from_torch(model.state_dict(), config)
+    x = inputs(config)
+    cache = StepCache.empty(config, *x["img"].shape[:2], jnp.float32(threshold))
+
+    def velocity(img, t, _, cache):
+        now = x | dict(img=img, timesteps=jnp.full(len(img), t))
+        return Flux(config).apply({"params": params}, **now, cache=cache)
+
+    ours, cache = jax.jit(flow.euler, static_argnums=0)(velocity, x["img"], times, cache)
+
+    runs = []
+    model.single_transformer_blocks[-1].norm.register_forward_hook(lambda *_: runs.append(1))
+    model.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    theirs = x["img"]
+    with model.cache_context("prompt"):
+        for t, following in zip(times[:-1], times[1:], strict=True):
+            now = x | dict(img=theirs, timesteps=np.full(len(theirs), t))
+            theirs = theirs + (following - t) * run_torch(model, now)
+    assert 24 - cache.reused == len(runs) == whole
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
