@@ -27,7 +27,7 @@ from dynaip_jax.models.flux import FluxConfig, StepCache
 from dynaip_jax.models.registry import COMPONENTS, FAMILIES, abstract_params
 from dynaip_jax.quantize import model as transformer_model
 from dynaip_jax.quantize import quantized
-from dynaip_jax.sharding import MeshConfig, abstract, make_mesh, on_one_device
+from dynaip_jax.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device, to_device
 from dynaip_jax.text import Tokenizers
 from dynaip_jax.types import MERGES, WEIGHTS, ImagePrompt
 
@@ -65,11 +65,9 @@ class DynaIPPipeline:
         tokenizers: Tokenizers,
         adapter: tuple[DynaIPConfig, Any] | None,
         mesh: Mesh | None = None,
-        offload_text: bool = False,
     ):
         self.bundle = bundle
         self.mesh = mesh
-        self.offload_text = offload_text
         self.configs = configs
         self.params = params
         self.tokenizers = tokenizers
@@ -127,20 +125,21 @@ class DynaIPPipeline:
         def targets(boxed: Any) -> Any:
             return on_one_device(nn.meta.unbox(boxed)) if grid is None else abstract(boxed, grid)
 
+        in_host = {"t5"} if offload_text else set()
+        if weights != "full":
+            in_host.add("transformer")  # until its weights are rounded, one after the other
         params = {}
-        for name in sorted(names, key=lambda name: name != "t5"):  # T5 leaves the devices before the others come
-            params[name] = opened.load(name, targets(abstract_params(name, configs[name], boxed=True)))
-            if name == "t5" and offload_text:
-                params[name] = _moved(params[name], "pinned_host")
-            if name == "transformer":
-                params[name] = quantized(configs[name], params[name])
+        for name in names:
+            target = targets(abstract_params(name, configs[name], boxed=True))
+            params[name] = opened.load(name, on_host(target) if name in in_host else target)
+        params["transformer"] = quantized(configs["transformer"], params["transformer"])
         lengths = opened.manifest["text"]
         tokenizers = Tokenizers.load(opened.path / "tokenizers", lengths["t5_length"], lengths["clip_length"])
         with_adapter = None
         if adapter is not None and adapter_config is not None:
             target = targets(abstract_adapter_params(adapter_config, boxed=True))
             with_adapter = adapter_config, read_adapter_weights(adapter, target)
-        return cls(opened, configs, params, tokenizers, with_adapter, grid, offload_text)
+        return cls(opened, configs, params, tokenizers, with_adapter, grid)
 
     def __call__(
         self,
@@ -304,7 +303,7 @@ class DynaIPPipeline:
             return encode_text(
                 self.configs["t5"],
                 self.configs["clip_text"],
-                _moved(self.params["t5"], "device") if self.offload_text else self.params["t5"],
+                to_device(self.params["t5"]),
                 self.params["clip_text"],
                 self.tokenizers.t5(prompts),
                 self.tokenizers.clip(prompts),
@@ -369,7 +368,7 @@ class DynaIPPipeline:
         bad = [
             name
             for name, tree in trees.items()
-            if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(_moved(tree, "device")))
+            if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(to_device(tree)))
         ]
         if bad:
             raise UserError(
@@ -467,11 +466,6 @@ def denoise(
 def decode(config, params, latents: jax.Array) -> jax.Array:
     """Latents `[b, c, h, w]` -> pictures `[b, H, W, 3]`, about [-1, 1]."""
     return COMPONENTS["vae"].module(config).apply({"params": params}, latents, method="decode")
-
-
-def _moved(tree: Any, memory: str) -> Any:
-    """`tree` in another memory of the same devices: "device" or "pinned_host"."""
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), tree)
 
 
 def _adapter_config(path, bundle: Bundle, configs: dict, any_base: bool, dtype) -> DynaIPConfig:

@@ -145,3 +145,13 @@ def on_one_device(tree: Any) -> Any:
     """Shapes and dtypes of an abstract tree, all on the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+
+def on_host(tree: Any) -> Any:
+    """An abstract tree, in the memory of the hosts of its devices."""
+    return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind("pinned_host")), tree)
+
+
+def to_device(tree: Any) -> Any:
+    """A tree on the devices of its shardings, where it is in the memory of their hosts."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)

@@ -18,13 +18,16 @@ MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=4")
 
 
 def draw(bundle, adapter, mesh):
-    """The pipeline, four pictures uint8 `[4, 64, 64, 3]` of two subjects, and their routing."""
+    """The pipeline, eight pictures uint8 `[8, 64, 64, 3]` of two subjects, the last four with a step from the cache, and their
+    routing."""
     pipe = DynaIPPipeline.load(bundle, adapter, mesh=mesh)
     noise = np.random.default_rng(0).normal(size=(4, 16, 8, 8)).astype(np.float32)
-    result = pipe(
-        "a cat and a cup", [skimage.data.chelsea(), skimage.data.coffee()], noise=noise, steps=2, height=64, width=64
-    )
-    return pipe, np.stack([np.asarray(image) for image in result.images]), result.routing
+    pictures, references = [], [skimage.data.chelsea(), skimage.data.coffee()]
+    for threshold in (None, 9.0):
+        options = dict(noise=noise, steps=2, height=64, width=64, cache_threshold=threshold)
+        result = pipe("a cat and a cup", references, **options)
+        pictures += [np.asarray(image) for image in result.images]
+    return pipe, np.stack(pictures), result.routing
 
 
 def on_meshes(folder, bundle, adapter):

@@ -244,6 +244,21 @@ def test_weights_are_rounded_a_channel_and_a_block_at_a_time(pipe):
     np.testing.assert_allclose(np.asarray(kernel.qvalue) * np.asarray(kernel.scale), full, atol=scale.max() * 0.51)
 
 
+def test_steps_from_the_cache(tiny, pipe):
+    """No threshold that is ever met changes nothing; one that always is leaves the first step alone."""
+    options = SIZE | dict(steps=6, negative_prompt="dull")
+    drawn = {x: pipe("a cat", photographs()[:1], cache_threshold=x, **options) for x in (None, 1e-6, 9.0)}
+    pictures = {x: np.asarray(result.images[0], int) for x, result in drawn.items()}
+    assert "cached_steps" not in drawn[None].settings
+    assert [drawn[x].settings["cached_steps"] for x in (1e-6, 9.0)] == [0, 5]
+    assert np.abs(pictures[1e-6] - pictures[None]).max() <= 1
+    assert 0 < np.abs(pictures[9.0] - pictures[None]).mean() < 40
+    small = DynaIPPipeline.load(*tiny, weights="int8")
+    assert small("a cat", photographs()[:1], cache_threshold=9.0, **options).settings["cached_steps"] == 5
+    with pytest.raises(UserError, match="--cache-threshold 0: expected a positive number, such as 0.1"):
+        draw(pipe, photographs()[0], cache_threshold=0)
+
+
 def test_what_would_be_cut_from_a_prompt_is_said(base):
     with pytest.warns(UserWarning, match="CLIP encoder takes no more; it does not see: 'z'"):
         result = base("x" * 75 + "z", **SIZE)

@@ -311,9 +311,7 @@ class Flux(nn.Module):
             rows, cache = _cached_blocks(self, state, shared, double, single, cache)
 
         shift, scale = Modulation(c, 2, name="final_modulation")(vec)
-        out = _linear(c, c.out_channels, ("embed", None), "final_linear")(
-            _modulate(rows, shift, scale)
-        )
+        out = _linear(c, c.out_channels, ("embed", None), "final_linear")(_modulate(rows, shift, scale))
         out = out.astype(jnp.float32)
         return out if cache is None else (out, cache)
 
