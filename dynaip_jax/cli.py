@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynaip_jax.compiling import keep_compiled
 from dynaip_jax.errors import Parser, UserError, run_cli
@@ -240,6 +240,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--mesh", metavar="AXES", help="such as data=2,fsdp=8 (default: the recipe's; for sampling tensor=-1)"
     )
     p.add_argument("--job", choices=("train", "sample"), default="train", help="default: train")
+    p.add_argument(
+        "--weights",
+        choices=("full", "int8", "fp8"),
+        default="full",
+        help="when sampling: see dynaip sample (default: full)",
+    )
+    p.add_argument("--offload-text", action="store_true", help="when sampling: see dynaip sample")
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
     p.set_defaults(run=plan)
     return parser
@@ -442,9 +449,16 @@ def plan(args: argparse.Namespace) -> int:
     from dynaip_jax.sharding import MeshConfig, make_mesh, parse_mesh
 
     config = recipes.override(recipes.load(args.config), args.rest)
+    options: dict[str, Any] = {}
+    if args.job == "sample":
+        options = dict(weights=args.weights, offload_text=args.offload_text)
+    elif args.weights != "full" or args.offload_text:
+        raise UserError(
+            "--job train: --weights and --offload-text are about sampling; leave them out or add --job sample"
+        )
     usual = config.mesh if args.job == "train" else MeshConfig(data=1, fsdp=1, tensor=-1)
     mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else usual, planning.devices(args.topology))
-    report = planning.make(recipe_plan.job(config, mesh, args.job), mesh)
+    report = planning.make(recipe_plan.job(config, mesh, args.job, **options), mesh)
     if args.json:
         import json
 

@@ -6,6 +6,7 @@ The roofline is what the chip's data sheet allows (`flops.CHIPS`), not a predict
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -29,7 +30,8 @@ from dynaip_jax.models.registry import COMPONENTS, abstract_params, config_to_di
 from dynaip_jax.models.t5 import T5Config
 from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.pipeline import TextCondition, decode, denoise, encode_text, make_image_prompt
-from dynaip_jax.sharding import abstract
+from dynaip_jax.quantize import abstract_quantized
+from dynaip_jax.sharding import abstract, on_host
 
 GIB = 2**30
 
@@ -84,16 +86,27 @@ def published(name: str) -> Bundle | None:
 
 
 def sampling(
-    bundle: Bundle, adapter: DynaIPConfig | None, mesh: Mesh, *, size: int, steps: int, images: int = 1
+    bundle: Bundle,
+    adapter: DynaIPConfig | None,
+    mesh: Mesh,
+    *,
+    size: int,
+    steps: int,
+    images: int = 1,
+    weights: str = "full",
+    offload_text: bool = False,
 ) -> Job:
-    """The programs of `dynaip sample` for `images` pictures of `size` pixels a side of one subject, in bfloat16."""
+    """The programs of `dynaip sample` for `images` pictures of `size` pixels a side of one subject, in bfloat16; `weights` and
+    `offload_text` as in `DynaIPPipeline.load`."""
     half = jnp.bfloat16
     names = ["transformer", "vae", "t5", "clip_text"] + (["clip_vision"] if adapter else [])
     configs = {}
     for name in names:
         kind = jnp.float32 if name == "vae" else half
         configs[name] = bundle.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
+    configs["transformer"] = dataclasses.replace(configs["transformer"], weights=weights)
     parts = {name: abstract(abstract_params(name, config, boxed=True), mesh) for name, config in configs.items()}
+    parts["transformer"] = abstract_quantized(configs["transformer"], parts["transformer"])
     vae, transformer = configs["vae"], configs["transformer"]
     side = size // vae.downsample
     tokens = (side // 2) ** 2
@@ -153,7 +166,7 @@ def sampling(
         ),
         Program("decode", lambda: decode.lower(vae, parts["vae"], latents), runs=1, flops=0, components=("vae",)),
     ]  # fmt: skip
-    return Job(programs, parts, images)
+    return Job(programs, parts | (dict(t5=on_host(parts["t5"])) if offload_text else {}), images)
 
 
 # --- compiling and reading
@@ -282,7 +295,12 @@ def _count(tree: Any) -> int:
 
 
 def _bytes_per_chip(tree: Any) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """What stays in a device's own memory."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != "pinned_host"
+    )
 
 
 # --- reports

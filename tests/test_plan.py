@@ -42,6 +42,21 @@ def test_training_weak_scales(dynaip):
     assert many["needed_bytes"] < 1.05 * few["needed_bytes"]
 
 
+def test_eight_bit_weights_and_a_text_encoder_in_the_hosts_memory(dynaip):
+    command = ("plan", "--config", RECIPE, "--job", "sample", "--topology", TOPOLOGY, "--json")
+    options = ("--weights", "int8", "--offload-text")
+    full, small = (json.loads(dynaip(*command, *more)[1]) for more in ((), options))
+    before, after = ({k: v["bytes_per_chip"] for k, v in r["components"].items()} for r in (full, small))
+    assert after["t5"] == 0 < before["t5"]
+    assert 0.4 * before["transformer"] < after["transformer"] < 0.7 * before["transformer"]
+    needed = [{p["name"]: p["needed_bytes"] for p in r["programs"]} for r in (full, small)]
+    saved = needed[0]["encode text"] - needed[1]["encode text"]
+    assert saved == before["transformer"] - after["transformer"]  # T5 is there while it encodes
+    assert needed[0]["decode"] - needed[1]["decode"] == saved + before["t5"]
+    status, _, stderr = dynaip("plan", "--config", RECIPE, "--topology", TOPOLOGY, *options)
+    assert status == 2 and stderr.startswith("error: --job train: --weights and --offload-text are about sampling")
+
+
 def test_sampling_on_these_devices_and_a_chip_that_is_too_small(dynaip, monkeypatch):
     command = ("plan", "--config", RECIPE, "--job", "sample", "--sample.size", 64, "--sample.steps", 2)
     status, stdout, stderr = dynaip(*command)

@@ -23,8 +23,8 @@ from train.loop import check_batch
 from train.step import features_of, init_state
 
 
-def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"]) -> plan.Job:
-    """What a recipe asks of `mesh`. A bundle that is not there is planned with the published sizes if it is named "flux-dev" or
+def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sampling: Any) -> plan.Job:
+    """What a recipe asks of `mesh`; `sampling`: more options of `plan.sampling`. A bundle that is not there is planned with the published sizes if it is named "flux-dev" or
     "flux-schnell". Raises `UserError` for a recipe that cannot run on the mesh."""
     name = Path(config.bundle).name
     bundle = None if Path(config.bundle).is_dir() else plan.published(name)
@@ -37,7 +37,7 @@ def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"]) -> pl
         raise UserError(f"--job sample: the recipe trains {config.trainable!r}, no adapter; expected one that does")
     half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     adapter = dataclasses.replace(adapter, hmoe=dataclasses.replace(adapter.hmoe, **half), **half)
-    return plan.sampling(bundle, adapter, mesh, size=config.sample.size, steps=config.sample.steps)
+    return plan.sampling(bundle, adapter, mesh, size=config.sample.size, steps=config.sample.steps, **sampling)
 
 
 def _training(config: TrainConfig, bundle: Bundle, recipe: Any, mesh: Mesh) -> plan.Job:
