@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from dynaip_jax import flow, ops
+from dynaip_jax import flow, layouts, ops
 from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig, abstract_adapter_params
 from dynaip_jax.bundle import Bundle, read_adapter_manifest, read_adapter_weights
 from dynaip_jax.compiling import QUICK
@@ -259,19 +259,17 @@ class DynaIPPipeline:
             text = jax.tree.map(lambda x: x[order], text)
         times = flow.schedule(steps, (latent[1] // 2) * (latent[2] // 2), self.schedule)
         with self._on_mesh(), _progress_bar(steps, progress) as reporting:
-            latents, reused = denoise(
-                transformer,
-                self.params["transformer"],
-                jnp.asarray(noise),
-                text,
-                image_prompt,
-                jnp.asarray(times),
+            args = (jnp.asarray(noise), text, image_prompt, jnp.asarray(times))
+            options = dict(
                 guidance=None if guidance is None else jnp.float32(guidance),
                 true_cfg=None if cfg is None else jnp.float32(cfg),
                 window=jnp.array([image_start, image_end], jnp.float32),
                 cache_threshold=None if cache_threshold is None else jnp.float32(cache_threshold),
-                reporting=reporting,
             )
+            params = self.params["transformer"]
+            program = layouts.lower(denoising_loop, transformer, params, args, options, reporting=reporting).compile()
+            self.params["transformer"] = params = layouts.arranged(program, params)
+            latents, reused = program(params, (args, options))
             latents.block_until_ready()
         with self._on_mesh():
             decoded = np.asarray(decode(vae, self.params["vae"], latents))
@@ -402,8 +400,7 @@ def make_image_prompt(
     return adapter.apply({"params": params}, features, **options)
 
 
-@partial(jax.jit, static_argnums=(0,), static_argnames=("reporting",))
-def denoise(
+def denoising_loop(
     config: FluxConfig,
     params: Any,
     noise: jax.Array,
@@ -460,6 +457,9 @@ def denoise(
 
     latents, cache = flow.euler(velocity, ops.pack_latents(noise), times, cache)
     return ops.unpack_latents(latents, h, w), None if cache is None else cache.reused
+
+
+denoise = jax.jit(denoising_loop, static_argnums=0, static_argnames="reporting")
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dynaip_jax import flops, flow, hlo
+from dynaip_jax import flops, flow, hlo, layouts
 from dynaip_jax.adapter.dynaip import DynaIPConfig, abstract_adapter_params
 from dynaip_jax.bundle import Bundle
 from dynaip_jax.errors import UserError
@@ -29,7 +29,7 @@ from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.registry import COMPONENTS, abstract_params, config_to_dict
 from dynaip_jax.models.t5 import T5Config
 from dynaip_jax.models.vae import VAEConfig
-from dynaip_jax.pipeline import TextCondition, decode, denoise, encode_text, make_image_prompt
+from dynaip_jax.pipeline import TextCondition, decode, denoising_loop, encode_text, make_image_prompt
 from dynaip_jax.quantize import abstract_quantized
 from dynaip_jax.sharding import abstract, on_host
 
@@ -155,9 +155,9 @@ def sampling(
     programs += [
         Program(
             "denoise",
-            lambda: denoise.lower(
-                transformer, parts["transformer"], latents, text, prompt, times, guidance=guidance, true_cfg=None,
-                window=shape((2,), jnp.float32),
+            lambda: layouts.lower(
+                denoising_loop, configs["transformer"], parts["transformer"], (latents, text, prompt, times),
+                dict(guidance=guidance, true_cfg=None, window=shape((2,), jnp.float32)), reporting=False,
             ),
             runs=1,
             flops=images * picture,
@@ -181,8 +181,10 @@ def devices(topology: str | None) -> list[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    alone = set(topology.partition(":")[2].split("x")) == {"1"}  # libtpu takes four chips a host for granted
+    hosts = dict(chips_per_host_bounds=[1, 1, 1]) if alone else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **hosts).devices)
     except Exception as e:  # what libtpu raises has no class of its own
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
