@@ -8,7 +8,7 @@ compiler chooses, and the weights stay as it chose.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -40,10 +40,11 @@ def arranged(program: jax.stages.Compiled, params: Any) -> Any:
 @lru_cache
 def _jitted(function: Callable[..., Any], config: Hashable, static: tuple, structure: Any, shardings: tuple) -> Any:
     """One object for the same arguments, so that JAX finds again what it has compiled."""
+
+    def run(params: Any, rest: Any) -> Any:
+        args, options = rest
+        return function(config, params, *args, **options, **dict(static))
+
+    run.__name__ = function.__name__  # of the program
     formats = jax.tree.unflatten(structure, [Format(Layout.AUTO, x) for x in shardings])
-    return jax.jit(partial(_call, function, config, static), in_shardings=(formats, None))
-
-
-def _call(function: Callable[..., Any], config: Hashable, static: tuple, params: Any, rest: Any) -> Any:
-    args, options = rest
-    return function(config, params, *args, **options, **dict(static))
+    return jax.jit(run, in_shardings=(formats, None))

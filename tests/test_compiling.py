@@ -17,7 +17,7 @@ def test_a_second_run_finds_what_the_first_compiled(tiny, tmp_path):
         done = subprocess.run([sys.executable, *words, *size], env=env, capture_output=True, text=True, check=True)
         return {w: set(re.findall(rf"(?i)cache {w} for '(jit_\w+)", done.stderr)) for w in ("hit", "miss")}[what]
 
-    large = {"jit_denoise", "jit_decode", "jit_encode_text"}
+    large = {"jit_denoising_loop", "jit_decode", "jit_encode_text"}
     assert large <= run("miss")
     assert list((tmp_path / "dynaip_jax" / "compiled").iterdir())
     assert large <= run("hit")
