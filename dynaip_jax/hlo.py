@@ -18,7 +18,8 @@ CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%
 
 class Counts(NamedTuple):
     """`collectives`: kind -> how many are run, and the bytes that a device receives in all; `product_flops`: of a device's matrix
-    products and convolutions, 2 a multiply-add; `kernels`: runs of Pallas kernels, whose products are not in `product_flops`."""
+    products and convolutions, 2 a multiply-add, without those that are calls of a library (cuBLAS on GPUs); `kernels`: runs of
+    Pallas kernels on TPUs, whose products are not in `product_flops` either."""
 
     collectives: dict[str, dict[str, int]]
     product_flops: int

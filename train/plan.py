@@ -24,8 +24,8 @@ from train.step import features_of, init_state
 
 
 def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sampling: Any) -> plan.Job:
-    """What a recipe asks of `mesh`; `sampling`: more options of `plan.sampling`. A bundle that is not there is planned with the published sizes if it is named "flux-dev" or
-    "flux-schnell". Raises `UserError` for a recipe that cannot run on the mesh."""
+    """What a recipe asks of `mesh`; `sampling`: more options of `plan.sampling`. A bundle that is not there is planned with the
+    published sizes if it is named "flux-dev" or "flux-schnell". Raises `UserError` for a recipe that cannot run on the mesh."""
     name = Path(config.bundle).name
     bundle = None if Path(config.bundle).is_dir() else plan.published(name)
     bundle = bundle or models.open_bundle(config)

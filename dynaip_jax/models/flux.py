@@ -9,7 +9,7 @@ Text rows come before image rows wherever the two are joined.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -262,9 +262,9 @@ class Flux(nn.Module):
     - `image_prompt`: see `ImagePrompt`; the parameter tree is the same with and without it;
     - `cache`: see `StepCache`; a step that runs all blocks runs the first twice.
 
-    Returns the velocity `[b, i, out_channels]` in float32; with a cache, that and the cache for the next step. Raises `ValueError` for guidance that does not fit the config
-    and for an image prompt of another depth, head count or head size, of another number of text rows, or with both regions
-    and words.
+    Returns the velocity `[b, i, out_channels]` in float32; with a cache, that and the cache for the next step. Raises
+    `ValueError` for guidance that does not fit the config and for an image prompt of another depth, head count or head size, of
+    another number of text rows, or with both regions and words.
     """
 
     config: FluxConfig
@@ -281,7 +281,7 @@ class Flux(nn.Module):
         guidance=None,
         image_prompt: ImagePrompt | None = None,
         cache: StepCache | None = None,
-    ) -> Any:
+    ) -> jax.Array | tuple[jax.Array, StepCache]:
         c = self.config
         if (guidance is not None) != c.guidance_embed:
             raise ValueError(
