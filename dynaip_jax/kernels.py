@@ -68,6 +68,7 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array 
 def per_head(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
     """One head of one sample at a time: faster on CPU and light on memory."""
     b, n, h, _ = q.shape
+    bias = None if bias is None else jnp.asarray(bias)
 
     def one(head):
         index, q, k, v = head

@@ -290,7 +290,7 @@ def _sample(pipe: DynaIPPipeline, cases: Cases, setting: Setting, seed: int, som
     cfg = pipe.defaults.get("true_cfg")
     latent = (vae.z_channels, SIZE // vae.downsample, SIZE // vae.downsample)
     tokens = (latent[1] // 2) * (latent[2] // 2)
-    latents = denoise(
+    latents, _ = denoise(
         transformer,
         pipe.params["transformer"],
         _noise(seed, some, latent),
