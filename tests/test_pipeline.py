@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dynaip_jax import pipeline
 from dynaip_jax.adapter.dynaip import DynaIPConfig, adapter_to_dict, init_adapter_params
 from dynaip_jax.bundle import Bundle, write_adapter
 from dynaip_jax.errors import UserError
@@ -215,9 +216,15 @@ def test_bfloat16_draws_about_the_same(tiny, plain):
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
-def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights):
+def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights, monkeypatch):
+    def from_the_host(config, params):
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(params)} == {"pinned_host"}
+        return quantized(config, params)
+
+    monkeypatch.setattr(pipeline, "quantized", from_the_host)
     small = DynaIPPipeline.load(*tiny, weights=weights, offload_text=True)
     size = {p: sum(x.nbytes for x in jax.tree.leaves(p.params["transformer"]["double_blocks"])) for p in (pipe, small)}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(small.params["transformer"])} == {"device"}
     assert size[small] < 0.35 * size[pipe]  # of float32; what is not a product's weight stays
     robot = photographs()[0]
     full, found = draw(pipe, robot).astype(float), draw(small, robot).astype(float)
