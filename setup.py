@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dynaip_jax", "dynaip_jax.*"]),
     package_data={"dynaip_jax": ["py.typed", "assets/**/*"]},
-    entry_points={"console_scripts": ["dynaip = dynaip_jax.cli:main"]},
+    entry_points={"console_scripts": ["dynaip = dynaip_jax.app.main:main"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12.8,<0.13",

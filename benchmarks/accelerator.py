@@ -101,11 +101,12 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from dynaip_jax import flops, flow
-    from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig, init_adapter_params
+    from dynaip_jax import flow
+    from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
+    from dynaip_jax.families.registry import init_params
     from dynaip_jax.models.flux import FluxConfig
-    from dynaip_jax.models.registry import init_params
-    from dynaip_jax.pipeline import TextCondition, denoise
+    from dynaip_jax.planner import flops
+    from dynaip_jax.sampling.pipeline import TextCondition, denoise
     from train import config as config_
     from train.step import Features, Recipe, init_state, train_step
 

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynaip_jax import ops
-from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig, init_adapter_params
+from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
+from dynaip_jax.layers import attention as ops
 from dynaip_jax.models.flux import Flux
 from tools.convert_torch_weights import flux as convert_flux
 

@@ -3,7 +3,7 @@
 python -m benchmarks.shortcuts [--num N] [--seed N] [--out FILE.json]
 
 Shapeland, one subject, the embedded model, one picture at a time as a user draws them, the same cases and noise for all. CP, PF and CP·PF: see
-`dynaip_jax.eval.shapeland`; `difference`: mean absolute difference from the picture in full, of 255; `cached`: share of the steps that
+`dynaip_jax.shapeland.measure`; `difference`: mean absolute difference from the picture in full, of 255; `cached`: share of the steps that
 ran the first block alone; `time`: seconds a picture over those of the first row, in turns, compilation left out.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from dynaip_jax import default
-from dynaip_jax.bundle import read_tree
-from dynaip_jax.data import synthetic
-from dynaip_jax.eval import shapeland
-from dynaip_jax.pipeline import DynaIPPipeline
+from dynaip_jax.sampling.pipeline import DynaIPPipeline
+from dynaip_jax.shapeland import default
+from dynaip_jax.shapeland import measure as shapeland
+from dynaip_jax.shapeland import world as synthetic
+from dynaip_jax.storage.bundle import read_tree
 
 ROWS: dict[str, dict[str, Any]] = {
     "in full": {},

@@ -23,10 +23,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from dynaip_jax.adapter.dynaip import DynaIPConfig, init_adapter_params
+from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
+from dynaip_jax.families.registry import init_params
 from dynaip_jax.flow import ScheduleConfig, sample_times
 from dynaip_jax.models.flux import FluxConfig
-from dynaip_jax.models.registry import init_params
 from train import config as config_
 from train.checkpoint import Checkpoints
 from train.loop import METRICS_FILE, train

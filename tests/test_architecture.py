@@ -9,13 +9,13 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {  # package or module: what it may not import, by prefix
     "dynaip_jax": ("train", "configs", "tools", "tests", "benchmarks"),
     "dynaip_jax.types": ("dynaip_jax.",),
-    "dynaip_jax.ops": ("dynaip_jax.models", "dynaip_jax.adapter", "dynaip_jax.pipeline"),
+    "dynaip_jax.layers.attention": ("dynaip_jax.models", "dynaip_jax.adapters", "dynaip_jax.sampling.pipeline"),
     "dynaip_jax.flow": ("dynaip_jax.",),
-    "dynaip_jax.models": ("dynaip_jax.adapter", "dynaip_jax.pipeline", "dynaip_jax.bundle", "dynaip_jax.data", "dynaip_jax.eval"),
-    "dynaip_jax.adapter": ("dynaip_jax.pipeline", "dynaip_jax.bundle", "dynaip_jax.data", "dynaip_jax.models.flux", "dynaip_jax.models.clip"),
-    "dynaip_jax.bundle": ("dynaip_jax.models", "dynaip_jax.adapter", "dynaip_jax.pipeline"),
-    "dynaip_jax.data": ("dynaip_jax.models", "dynaip_jax.adapter", "dynaip_jax.pipeline", "jax"),
-    "dynaip_jax.pipeline": ("dynaip_jax.cli", "dynaip_jax.eval"),
+    "dynaip_jax.models": ("dynaip_jax.adapters", "dynaip_jax.sampling.pipeline", "dynaip_jax.storage.bundle", "dynaip_jax.data", "dynaip_jax.eval"),
+    "dynaip_jax.adapters": ("dynaip_jax.sampling.pipeline", "dynaip_jax.storage.bundle", "dynaip_jax.data", "dynaip_jax.models.flux", "dynaip_jax.models.clip"),
+    "dynaip_jax.storage.bundle": ("dynaip_jax.models", "dynaip_jax.adapters", "dynaip_jax.sampling.pipeline"),
+    "dynaip_jax.data": ("dynaip_jax.models", "dynaip_jax.adapters", "dynaip_jax.sampling.pipeline", "jax"),
+    "dynaip_jax.sampling.pipeline": ("dynaip_jax.app.main", "dynaip_jax.eval"),
     "train": ("configs", "tools", "tests"),
     "tools": ("train", "configs", "tests"),
 }  # fmt: skip
@@ -74,8 +74,8 @@ def test_heavy_libraries_wait_until_they_are_needed():
 
 def test_adapter_and_models_do_not_know_each_other():
     for name, path in modules():
-        if starts(name, "dynaip_jax.adapter"):
-            allowed = ("dynaip_jax.models.layers",)
+        if starts(name, "dynaip_jax.adapters"):
+            allowed = ("dynaip_jax.layers.basic",)
             found = [
                 i for i in imports(path) if starts(i, "dynaip_jax.models") and not any(starts(i, a) for a in allowed)
             ]

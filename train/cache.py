@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dynaip_jax.bundle import replacing
 from dynaip_jax.data import features
-from dynaip_jax.data.sources import DataConfig, Pictures, make_plan, open_dataset
+from dynaip_jax.data.samples import DataConfig, Pictures, make_plan, open_dataset
 from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.storage.bundle import replacing
 from train import config as config_
 from train.photographs import resolve
 
@@ -60,8 +60,8 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     import jax
     from tqdm import tqdm
 
-    from dynaip_jax.sharding import batch_sharding, make_mesh
-    from train import models as models_
+    from dynaip_jax.runtime.sharding import batch_sharding, make_mesh
+    from train import assemble as models_
     from train.step import encode
 
     mesh = make_mesh(config.mesh)

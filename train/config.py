@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dynaip_jax.data.sources import DataConfig
+from dynaip_jax.data.samples import DataConfig
 from dynaip_jax.errors import UserError
-from dynaip_jax.sharding import MeshConfig
+from dynaip_jax.runtime.sharding import MeshConfig
 
 
 @dataclass(frozen=True)

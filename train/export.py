@@ -60,10 +60,10 @@ def export(
     import jax.numpy as jnp
     import numpy as np
 
-    from dynaip_jax.adapter.dynaip import adapter_to_dict
-    from dynaip_jax.bundle import fingerprint, replace_component, write_adapter
+    from dynaip_jax.adapters.dynaip import adapter_to_dict
+    from dynaip_jax.storage.bundle import fingerprint, replace_component, write_adapter
+    from train import assemble as models
     from train import config as config_
-    from train import models
     from train.checkpoint import RUN_FILE, Checkpoints
     from train.step import TrainState, init_state
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dynaip_jax import flops
-from dynaip_jax.data.sources import make_loader
+from dynaip_jax.data.samples import make_loader
 from dynaip_jax.errors import UserError
-from dynaip_jax.sharding import batch_positions, batch_sharding, make_mesh
-from train import models as models_
+from dynaip_jax.planner import flops
+from dynaip_jax.runtime.sharding import batch_positions, batch_sharding, make_mesh
+from train import assemble as models_
 from train.checkpoint import Checkpoints, check_workdir, claim_workdir, disk_errors
 from train.config import TrainConfig
 from train.step import TIME_BUCKETS, TrainState, init_state

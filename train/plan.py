@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dynaip_jax import flops, plan
-from dynaip_jax.bundle import Bundle
-from dynaip_jax.data.sources import Batch
+from dynaip_jax.data.samples import Batch
 from dynaip_jax.errors import UserError
-from dynaip_jax.models.registry import abstract_params
-from dynaip_jax.sharding import abstract, batch_sharding
-from train import models
+from dynaip_jax.families.registry import abstract_params
+from dynaip_jax.planner import flops
+from dynaip_jax.planner import jobs as plan
+from dynaip_jax.runtime.sharding import abstract, batch_sharding
+from dynaip_jax.storage.bundle import Bundle
+from train import assemble as models
 from train.config import TrainConfig
 from train.loop import check_batch
 from train.step import features_of, init_state

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynaip_jax import flow
-from dynaip_jax.adapter.dynaip import DynaIPConfig
-from dynaip_jax.data import images
-from dynaip_jax.data.sources import open_dataset, pictures
+from dynaip_jax.adapters.dynaip import DynaIPConfig
+from dynaip_jax.data.samples import open_dataset, pictures
 from dynaip_jax.errors import UserError
-from dynaip_jax.pipeline import decode, denoise, encode_text, make_image_prompt
+from dynaip_jax.images import files as images
+from dynaip_jax.sampling.pipeline import decode, denoise, encode_text, make_image_prompt
+from train.assemble import Models
 from train.config import TrainConfig
-from train.models import Models
 from train.step import TrainState
 
 COLUMNS = {"text only": None, "DDS on": 0.0, "DDS off": 1.0}  # text gain; None: no image prompt

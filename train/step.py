@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dynaip_jax import flow, ops
-from dynaip_jax.adapter.dynaip import DynaIP, DynaIPConfig
-from dynaip_jax.data.sources import Batch
+from dynaip_jax import flow
+from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
+from dynaip_jax.data.samples import Batch
+from dynaip_jax.families.registry import COMPONENTS
+from dynaip_jax.layers import attention as ops
 from dynaip_jax.models.flux import Flux
-from dynaip_jax.models.registry import COMPONENTS
 from train.config import OptimConfig
 
 TIME_BUCKETS = 4

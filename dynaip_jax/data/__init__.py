@@ -1,1 +1,1 @@
-"""Pictures and data sets, in NumPy and PIL: nothing in here imports JAX."""
+"""Data sets, in NumPy and PIL: nothing in here imports JAX."""

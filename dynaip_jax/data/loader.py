@@ -14,8 +14,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from dynaip_jax.data.plan import Plan
-from dynaip_jax.data.sources import Reader
+from dynaip_jax.data.order import Plan
+from dynaip_jax.data.samples import Reader
 from dynaip_jax.errors import UserError
 
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dynaip_jax import ops
-from dynaip_jax.kernels import KERNELS
-from dynaip_jax.models.layers import LayerNorm, RMSNorm, linear, scanned
-from dynaip_jax.sharding import HEADS, ROWS, WIDE, constrain
+from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers.basic import LayerNorm, RMSNorm, linear, scanned
+from dynaip_jax.layers.kernels import KERNELS
+from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 from dynaip_jax.types import KV, MERGES, QUERIES, WEIGHTS, ImagePrompt
 
 

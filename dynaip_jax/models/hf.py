@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.kernels import KERNELS
-from dynaip_jax.models.layers import REMAT_POLICIES
+from dynaip_jax.layers.basic import REMAT_POLICIES
+from dynaip_jax.layers.kernels import KERNELS
 
 OURS = ("dtype", "param_dtype", "remat", "attention")  # a config.json's own `dtype` says how its weights were saved
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dynaip_jax import ops
+from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers.basic import RMSNorm, embedding, linear, scanned
 from dynaip_jax.models.hf import check_config, config_from_hf
-from dynaip_jax.models.layers import RMSNorm, embedding, linear, scanned
-from dynaip_jax.sharding import HEADS, ROWS, WIDE, constrain
+from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dynaip_jax import ops
-from dynaip_jax.models.layers import REMAT_POLICIES, linear
-from dynaip_jax.sharding import PICTURES, constrain
+from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers.basic import REMAT_POLICIES, linear
+from dynaip_jax.runtime.sharding import PICTURES, constrain
 
 NORM_GROUPS = 32
 REMAT = ("none", "full")  # saving matrix products would save nothing here: the work is in convolutions

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from skimage import data
 
+from dynaip_jax.data.records import write_dataset
 from dynaip_jax.data.rows import Limits, check, png, read_manifest
-from dynaip_jax.data.store import write_dataset
 
 CAPTIONS = {  # name: caption, subject
     "astronaut": ("an astronaut smiling in front of a flag", "astronaut"),  # 512 x 512

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynaip_jax import ops
+from dynaip_jax.layers import attention as ops
 from dynaip_jax.models import flux
 from dynaip_jax.models.flux import BlockPrompt, DoubleBlock, Flux, FluxConfig, Found, Shared, SingleBlock
 from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt

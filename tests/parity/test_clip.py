@@ -18,7 +18,7 @@ import transformers
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from dynaip_jax.tensorfile import TensorFile
+from dynaip_jax.storage.tensors import TensorFile
 from tests.parity.flax_goldens import TEXT, VISION, make_goldens
 from tools.convert_torch_weights import clip as convert_clip
 from tools.convert_torch_weights import engine

@@ -8,7 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from dynaip_jax import flow, ops
+from dynaip_jax import flow
+from dynaip_jax.layers import attention as ops
 
 
 def theirs(steps, tokens, dynamic):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 
-from dynaip_jax import flow, ops
+from dynaip_jax import flow
 from dynaip_jax.errors import UserError
+from dynaip_jax.layers import attention as ops
 from dynaip_jax.models.flux import Flux, FluxConfig, StepCache
-from dynaip_jax.tensorfile import TensorFile
+from dynaip_jax.storage.tensors import TensorFile
 from tests.conftest import FIXTURES
 from tools.convert_torch_weights import engine
 from tools.convert_torch_weights import flux as convert_flux

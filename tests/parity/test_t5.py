@@ -16,7 +16,7 @@ import transformers
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.t5 import T5Block, T5Config, T5Encoder, relative_position_bucket
-from dynaip_jax.tensorfile import TensorFile
+from dynaip_jax.storage.tensors import TensorFile
 from tests.parity.flax_goldens import T5, make_goldens
 from tools.convert_torch_weights import clip as convert_clip
 from tools.convert_torch_weights import engine

@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from dynaip_jax.data.images import to_uint8
 from dynaip_jax.errors import UserError
+from dynaip_jax.images.files import to_uint8
 from dynaip_jax.models.vae import VAE, VAEConfig
-from dynaip_jax.tensorfile import TensorFile
+from dynaip_jax.storage.tensors import TensorFile
 from tests.conftest import FIXTURES
 from tools.convert_torch_weights import engine
 from tools.convert_torch_weights import vae as convert_vae

@@ -6,8 +6,8 @@ import pytest
 
 from dynaip_jax.errors import UserError
 from tests.train.runs import tiny_recipe
+from train import assemble as models
 from train import config as config_
-from train import models
 from train.checkpoint import RUN_FILE, check_workdir
 
 

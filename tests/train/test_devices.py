@@ -13,10 +13,11 @@ import pytest
 
 from dynaip_jax.data.loader import BatchIterator
 from dynaip_jax.errors import run_cli
-from dynaip_jax.sharding import make_mesh
+from dynaip_jax.runtime.sharding import make_mesh
 from tests.train.runs import Child, data_state, metrics, state, steps, words
+from train import assemble as models
 from train import config as config_
-from train import loop, models
+from train import loop
 from train.main import main
 from train.photographs import resolve
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dynaip_jax import default
-from dynaip_jax.data.plan import Plan, buckets
-from dynaip_jax.data.sources import open_dataset
+from dynaip_jax.data.order import Plan, buckets
+from dynaip_jax.data.samples import open_dataset
 from dynaip_jax.errors import UserError
+from dynaip_jax.shapeland import default
 from tests.train.runs import RECIPE, Child, metrics, state, steps, words
 from train import config as config_
 from train import export

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from dynaip_jax import default
-from dynaip_jax.data.sources import make_loader
-from dynaip_jax.text import Tokenizers
+from dynaip_jax.data.samples import make_loader
+from dynaip_jax.families.tokenizers import Tokenizers
+from dynaip_jax.shapeland import default
 from tests.train.runs import Child, assert_same, data_state, metrics, state, steps, words
 from train import config as config_
 

@@ -9,15 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from dynaip_jax import flops, flow
-from dynaip_jax.adapter.dynaip import DynaIPConfig
-from dynaip_jax.bundle import Bundle
+from dynaip_jax import flow
+from dynaip_jax.adapters.dynaip import DynaIPConfig
+from dynaip_jax.families.registry import FAMILIES
 from dynaip_jax.models.flux import Flux, FluxConfig
-from dynaip_jax.models.registry import FAMILIES
-from dynaip_jax.pipeline import DynaIPPipeline
-from dynaip_jax.sharding import MeshConfig, make_mesh
+from dynaip_jax.planner import flops
+from dynaip_jax.runtime.sharding import MeshConfig, make_mesh
+from dynaip_jax.sampling.pipeline import DynaIPPipeline
+from dynaip_jax.storage.bundle import Bundle
 from tests.train.runs import tiny_recipe
-from train import models
+from train import assemble as models
 from train.config import OptimConfig
 from train.export import export
 from train.loop import train
@@ -208,7 +209,7 @@ def test_loss_is_the_flow_matching_error_of_the_base(setup):
     _, metrics = STEP(recipe, state, frozen, f)
     t, noise = np.asarray(f.t), np.asarray(f.noise)
     x = (1 - t)[:, None, None, None] * f.latents + t[:, None, None, None] * noise
-    from dynaip_jax.ops import image_ids, pack_latents
+    from dynaip_jax.layers.attention import image_ids, pack_latents
 
     velocity = Flux(recipe.config("transformer")).apply(
         {"params": frozen["transformer"]}, pack_latents(x), image_ids(8, 8), f.states, jnp.zeros((1, 6, 3)), t, f.pooled,
@@ -256,7 +257,7 @@ def test_average_warms_up(setup):
 
 def test_encoders_make_what_the_step_reads(config, setup):
     """Latents are the VAE's, drawn anew each step; levels are the hidden states asked for."""
-    from dynaip_jax.data.sources import make_loader
+    from dynaip_jax.data.samples import make_loader
 
     recipe, frozen, _, _ = setup
     tokenizers = models.load(config, models.open_bundle(config), make_mesh(MeshConfig())).tokenizers

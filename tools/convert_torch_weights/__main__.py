@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynaip_jax.bundle import NewComponent, reserve, sha256_of, write_bundle
 from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.families.registry import config_to_dict
 from dynaip_jax.flow import ScheduleConfig
-from dynaip_jax.models.registry import config_to_dict
-from dynaip_jax.tensorfile import TensorFile
+from dynaip_jax.storage.bundle import NewComponent, reserve, sha256_of, write_bundle
+from dynaip_jax.storage.tensors import TensorFile
 from tools.convert_torch_weights import clip, flux, t5, vae
 
 STAGING_FROM = 1 << 26  # leaves of at least so many bytes are built on disk, not in memory

@@ -1,0 +1,1 @@
+"""How networks make one system: one object a backbone family."""

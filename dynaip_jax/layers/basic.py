@@ -1,0 +1,124 @@
+"""What the models share: parameters with logical axis names, and block stacking.
+
+Logical axis names (mapped to mesh axes by `dynaip_jax.runtime.sharding`): "embed" model width, "heads", "head_dim", "mlp",
+"vocab", "conv_in", "conv_out", "layers" (scanned blocks), None = never sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+LECUN = nn.initializers.lecun_normal()
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """A parameter of `module` with logical `axes`."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # type: ignore[return-value]
+
+
+def linear(
+    features: int | Sequence[int],
+    axes: tuple[str | None, ...],
+    *,
+    name: str | None = None,
+    use_bias: bool = True,
+    axis: int | Sequence[int] = -1,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    kernel_init: Initializer = LECUN,
+) -> nn.DenseGeneral:
+    """A `DenseGeneral` whose kernel carries the logical `axes` (input axes, then output axes); the bias the last ones."""
+    outputs = 1 if isinstance(features, int) else len(features)
+    return nn.DenseGeneral(
+        features=features if isinstance(features, int) else tuple(features),
+        axis=axis if isinstance(axis, int) else tuple(axis),
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-outputs:]),
+        name=name,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last axis, statistics in float32; `axis_name` names the scale's logical axis."""
+
+    eps: float = 1e-6
+    axis_name: str | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = parameter(self, "scale", nn.initializers.ones, (self.axis_name,), (x.shape[-1],), self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, statistics in float32, with scale and bias (`affine=False`: without)."""
+
+    eps: float = 1e-6
+    affine: bool = True
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.affine:
+            shape, axes = (x.shape[-1],), ("embed",)
+            scale = parameter(self, "scale", nn.initializers.ones, axes, shape, self.param_dtype)
+            bias = parameter(self, "bias", nn.initializers.zeros, axes, shape, self.param_dtype)
+            y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def embedding(num: int, features: int, *, name: str, dtype: DTypeLike, param_dtype: DTypeLike) -> nn.Embed:
+    """A lookup table `[num, features]` with logical axes ("vocab", "embed")."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+    return nn.Embed(num, features, dtype=dtype, param_dtype=param_dtype, embedding_init=init, name=name)
+
+
+def scanned(block: type[nn.Module], length: int, *, remat: str, in_axes: tuple = (), out_axes: Any = 0):
+    """`block` stacked `length` times with `nn.scan`: `__call__(carry, *inputs) -> (carry, out)`.
+
+    Parameters get a leading "layers" axis. `in_axes` has `nn.broadcast` for inputs shared by all blocks and 0 for those
+    sliced block by block. `remat` is a key of `REMAT_POLICIES`.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {remat!r}: expected one of {tuple(REMAT_POLICIES)}")
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        out_axes=out_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

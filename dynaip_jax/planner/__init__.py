@@ -1,0 +1,1 @@
+"""Will it fit, and how fast could it be: programs compiled for devices that are not here."""

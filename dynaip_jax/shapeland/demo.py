@@ -1,0 +1,95 @@
+"""One figure that shows what the method does, and a short table that measures it, with the embedded model of Shapeland."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dynaip_jax.images import files as images
+from dynaip_jax.sampling.pipeline import DynaIPPipeline
+from dynaip_jax.shapeland import default
+from dynaip_jax.shapeland import measure as shapeland
+from dynaip_jax.shapeland import world as synthetic
+from dynaip_jax.storage.bundle import read_tree
+
+CELL, STRIP = 160, 26  # pixels
+SUBJECTS = (("star", 0), ("heart", 1))  # class, number of its identity in the test split
+PROMPTS = ("a star on the left on sand at noon", "a star on the right on wood at dusk")
+TWO = "a star on the left and a heart on the right on grass at noon"
+MEASURED = {1: ["default", "dds-off", "text-only", "true-render"], 2: ["default", "regions-none", "text-only"]}
+CASES = 64
+GRANULARITY = {"low level": (1, 0, 0), "middle level": (0, 1, 0), "high level": (0, 0, 1)}
+
+Panels = dict[str, Any]  # label -> uint8 [H, W, 3]
+
+
+def draw(output: Path, reference: Path | None = None, prompt: str | None = None, *, overwrite: bool) -> None:
+    """Writes the figure: with references out of Shapeland, or with a picture and a prompt of one's own."""
+    pipe, base = DynaIPPipeline.load(*default.paths()), DynaIPPipeline.load(default.paths()[0])
+    if reference is not None and prompt is not None:
+        first, prompts = images.load_image(reference), [prompt]
+    else:
+        first, prompts = _reference(*SUBJECTS[0]), list(PROMPTS)
+
+    def picture(text: str, *references: np.ndarray, **options: Any) -> np.ndarray:
+        return np.asarray((pipe if references else base)(text, references, seed=0, **options).images[0])
+
+    rows: list[tuple[str, Panels]] = [
+        (
+            text,
+            {
+                "reference": images.square(first),
+                "text only": picture(text),
+                "DDS off": picture(text, first, text_gain=1.0),
+                "DDS on (default)": picture(text, first),
+            },
+        )
+        for text in prompts
+    ]
+    levels = {label: picture(prompts[0], first, granularity=weights) for label, weights in GRANULARITY.items()}
+    rows.append((f"granularity: {prompts[0]}", levels | {"router (default)": rows[0][1]["DDS on (default)"]}))
+    if reference is None:
+        second = _reference(*SUBJECTS[1])
+        both, words = (first, second), [kind for kind, _ in SUBJECTS]
+        panels = {
+            "second reference": second,
+            "text only": picture(TWO),
+            "no regions": picture(TWO, *both),
+            "found regions (default)": picture(TWO, *both, words=words),
+        }
+        rows.append((TWO, panels))
+    images.save_png(_figure(rows), output, dict(rows=[[text, *panels] for text, panels in rows]), overwrite=overwrite)
+
+
+def measures() -> str:
+    """The judge's accuracy and the short table of `MEASURED` rows on `CASES` cases each, as text."""
+    pipe, judge = DynaIPPipeline.load(*default.paths()), read_tree(default.JUDGE)
+    known = {s: shapeland.calibrate(judge, s) for s in MEASURED}
+    rows = [
+        row
+        for s, names in MEASURED.items()
+        for row in shapeland.evaluate(pipe, judge, names, [s], num=CASES, calibrations=known)
+    ]
+    return f"The judge on true renders:\n\n{shapeland.judge_table(known)}\n\n{shapeland.table(rows)}"
+
+
+def _reference(kind: str, number: int) -> np.ndarray:
+    """A close view of a subject that no model was trained on."""
+    rng = synthetic.generator(0, "test", number)
+    scene = synthetic.sample_scene(rng, subjects=[(kind, synthetic.sample_identity(rng))], large=True)
+    return synthetic.render(scene).image
+
+
+def _figure(rows: Sequence[tuple[str, Panels]]) -> Image.Image:
+    """Rows of labelled panels, each under its title."""
+    parts = []
+    for title, panels in rows:
+        cells = images.grid([images.labelled(image, label, CELL) for label, image in panels.items()], columns=4)
+        strip = Image.new("RGB", (cells.width, STRIP), "white")
+        ImageDraw.Draw(strip).text((3, 5), title, fill="black", font=ImageFont.load_default(size=14))
+        parts.append(np.concatenate([np.asarray(strip), np.asarray(cells)]))
+    return Image.fromarray(np.concatenate(parts))

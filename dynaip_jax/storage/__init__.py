@@ -1,0 +1,1 @@
+"""What lies on disk: folders, tensor files, bundles, adapters."""

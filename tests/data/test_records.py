@@ -1,0 +1,122 @@
+"""Datasets on disk."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynaip_jax.data import records as store
+from dynaip_jax.errors import UserError
+
+BOX = np.array([0, 10, 200, 110], np.int32)
+
+
+def record(number, **changes):
+    given = store.Record(number, b"target %d" % number, BOX, b"", BOX + number, b"", "a cät", "cät")
+    return given._replace(**changes)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    store.write_dataset(tmp_path, [record(1), record(3, mask=b"mask"), record(4, reference=b"\x00\xff", subject="")])
+    return tmp_path
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_what_is_written_is_read(folder):
+    dataset = store.open_dataset(folder)
+    assert len(dataset) == 3
+    assert same(dataset[1], record(3, mask=b"mask")) and same(dataset[2], record(4, reference=b"\x00\xff", subject=""))
+    np.testing.assert_array_equal(dataset.sizes, [[200, 100]] * 3)
+    assert dataset.numbers.tolist() == [1, 3, 4] and dataset.masked.tolist() == [False, True, False]
+    assert same(pickle.loads(pickle.dumps(dataset))[0], record(1))
+
+
+def test_order_is_kept_over_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROWS_A_SHARD", 7)
+    assert store.write_dataset(tmp_path, (record(n) for n in range(1, 101))) == 100
+    dataset = store.open_dataset(tmp_path)
+    assert len(list(tmp_path.glob("*array_record*"))) == 15
+    assert [dataset[n].number for n in range(100)] == dataset.numbers.tolist() == list(range(1, 101))
+
+
+def test_no_tensorflow(folder):
+    code = (
+        "import sys; from dynaip_jax.data.records import *; import pathlib\n"
+        f"d = open_dataset({str(folder)!r}); out = pathlib.Path({str(folder)!r}) / 'again'; out.mkdir()\n"
+        "write_dataset(out, [d[n] for n in range(3)])\n"
+        "assert len(open_dataset(out)) == 3 and 'tensorflow' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_tfds_itself_reads_it(folder):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    assert builder.info.splits["train"].num_examples == 3
+    assert builder.as_data_source("train")[0]["target"] == b"target 1"
+
+
+def test_empty(tmp_path):
+    with pytest.raises(UserError, match="no rows"):
+        store.write_dataset(tmp_path, [])
+
+
+def test_not_a_dataset(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="train.prepare") as e:
+            store.open_dataset(path)
+        assert str(path) in str(e.value)
+
+
+def test_damage(folder):
+    shard = next(folder.glob("*array_record*"))
+    whole = shard.read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], bytes(len(whole))):
+        shard.write_bytes(broken)
+        with pytest.raises(UserError, match=f"dataset {folder}: .* damaged .*run it again") as e:
+            store.open_dataset(folder)[0]
+        assert "\n" not in str(e.value)
+    shard.write_bytes(whole)
+    assert store.open_dataset(folder)[0].number == 1
+
+    index = folder / store.INDEX
+    whole = index.read_bytes()
+    index.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="index.npz is damaged"):
+        store.open_dataset(folder)
+    np.savez(index, sizes=np.zeros((2, 2)), numbers=np.zeros(2), masked=np.zeros(2))
+    with pytest.raises(UserError, match="2 rows, the shards hold 3"):
+        store.open_dataset(folder)
+    np.savez(index, sizes=np.zeros((3, 2)), numbers=np.array([1, 2, 4]), masked=np.zeros(3))
+    with pytest.raises(UserError, match="row 1 is damaged .it says 3, index.npz says 2"):
+        store.open_dataset(folder)[1]
+    index.write_bytes(whole)
+    (folder / store.INFO).write_text("{")
+    with pytest.raises(UserError, match="dataset_info.json is damaged"):
+        store.open_dataset(folder)
+
+
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_an_index_with_a_pickle_is_not_loaded(folder):
+    trapped = np.array([Trap(folder / "sprung")] * 3, object)
+    np.savez(folder / store.INDEX, sizes=np.zeros((3, 2)), numbers=np.array([1, 3, 4]), masked=trapped)
+    with pytest.raises(UserError, match="index.npz is damaged"):
+        store.open_dataset(folder)
+    assert not (folder / "sprung").exists()

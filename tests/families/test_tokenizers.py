@@ -1,0 +1,63 @@
+"""Which of T5's tokens belong to the words of a subject."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dynaip_jax.errors import UserError
+from dynaip_jax.families.tokenizers import Tokenizers
+
+PIECES = ("▁A", "▁a", "▁and", "▁red", "▁star", "s", ",", "▁", "n", "d")
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A tokenizer of T5's kind, whose tokens reach over the space before a word, of 12 rows."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((piece, -2.0) for piece in PIECES)]
+    tokenizer = Tokenizer(models.Unigram(vocab, 2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return Tokenizers(fast, None, 12)
+
+
+def rows(weights):
+    for row in weights:
+        own = row[row > 0]
+        np.testing.assert_allclose(own, 1 / len(own))
+    return [np.flatnonzero(row).tolist() for row in weights]
+
+
+def test_rows_are_those_of_the_words(pieces):
+    prompt = "A red star, a star and a  RED\nstars"  # tokens: A red star , a star and a ...
+    assert rows(pieces.t5_words(prompt, ["red star"])) == [[1, 2]]
+    assert rows(pieces.t5_words(prompt, ["Star", "star"])) == [[2], [5]]
+    assert rows(pieces.t5_words(prompt, ["star", "red star", "a"])) == [[5], [1, 2], [0]]
+    assert pieces.t5_words(prompt, []).shape == (0, 12)
+
+
+def test_bytes_have_a_row_each_and_the_space_none(tiny):
+    tokenizers = Tokenizers.load(tiny[0] / "tokenizers", 16)
+    assert rows(tokenizers.t5_words("a ré  d", ["RÉ d"])) == [[2, 3, 4, 7]]
+
+
+def test_words_that_are_not_there_are_refused(pieces, tiny):
+    for prompt, phrases, message in (
+        ("a red star", ["blue"], "'blue' are not in the prompt; expected"),
+        ("a red stars", ["star"], "'star' are not in the prompt"),
+        ("a red star", [" "], "' ' are not in the prompt"),
+        ("a red star", ["red star", "star"], r"'star' stand in the prompt 1 time\(s\), all taken"),
+        ("red " * 10 + "a star", ["star"], "'star' lie beyond the 12 tokens that T5 takes; shorten"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pieces.t5_words(prompt, phrases)
+    rows(pieces.t5_words("red " * 10 + "star", ["star"]))  # the last row before </s>
+
+
+def test_a_tokenizer_without_positions_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="does not say where its tokens stand.*--mask"):
+        Tokenizers(Slow(), None, 12).t5_words("a star", ["star"])

@@ -1,0 +1,289 @@
+"""The pipeline on the embedded tiny model: what each option does, and what it must not do."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynaip_jax.adapters.dynaip import DynaIPConfig, adapter_to_dict, init_adapter_params
+from dynaip_jax.errors import UserError
+from dynaip_jax.families.quantize import quantized
+from dynaip_jax.sampling import pipeline
+from dynaip_jax.sampling.pipeline import DynaIPPipeline
+from dynaip_jax.storage.bundle import Bundle, write_adapter
+
+SIZE = dict(steps=3, height=32, width=48)
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return DynaIPPipeline.load(tiny[0])
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return DynaIPPipeline.load(*tiny)
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    return draw(base)
+
+
+def draw(pipe, *references, **options):
+    return np.asarray(pipe("a cat", references, **(SIZE | options)).images[0])
+
+
+def photographs():
+    import skimage.data
+
+    return skimage.data.astronaut(), skimage.data.coffee()
+
+
+def test_scale_zero_is_the_base_bit_for_bit(pipe, plain):
+    np.testing.assert_array_equal(draw(pipe, photographs()[0], image_scale=0.0), plain)
+    assert (draw(pipe, photographs()[0]) != plain).any()
+
+
+def test_a_fresh_adapter_is_the_base_bit_for_bit(tiny, base, plain, tmp_path):
+    config = DynaIPConfig.for_base(base.configs["transformer"], 32, hmoe=dict(levels=(2, 3, 4)), blocks="all")
+    params = jax.tree.map(np.asarray, init_adapter_params(config, jax.random.key(0)))
+    identity = dict(family="flux", fingerprint=base.bundle.fingerprint)
+    write_adapter(tmp_path / "fresh", adapter_to_dict(config), params, base=identity, step=0, conventions={})
+    fresh = DynaIPPipeline.load(tiny[0], tmp_path / "fresh")
+    np.testing.assert_array_equal(draw(fresh, photographs()[0], text_gain=1.0), plain)
+
+
+@pytest.fixture
+def changed(tiny, tmp_path):
+    """Loads the tiny adapter with other fields in its config; None: without that field, as older versions wrote it."""
+
+    def load(**fields):
+        folder = shutil.copytree(tiny[1], tmp_path / "changed", dirs_exist_ok=True)
+        manifest = json.loads((folder / "adapter.json").read_text())
+        manifest["config"] = {k: v for k, v in (manifest["config"] | fields).items() if v is not None}
+        (folder / "adapter.json").write_text(json.dumps(manifest))
+        return DynaIPPipeline.load(tiny[0], folder)
+
+    return load
+
+
+def test_the_adapter_says_how_its_term_is_computed(pipe, changed):
+    photos = photographs()
+    old = changed(query=None, merge=None)
+    np.testing.assert_array_equal(draw(old, *photos), draw(pipe, *photos))
+    assert (draw(changed(query="after_rope"), photos[0]) != draw(pipe, photos[0])).any()
+    concat = changed(merge="concat")
+    np.testing.assert_array_equal(draw(concat, *photos), draw(pipe, *photos, merge="concat"))
+    np.testing.assert_array_equal(draw(concat, *photos, merge="sum"), draw(pipe, *photos))
+    assert concat("a cat", photos, **SIZE).settings["merge"] == "concat"
+    with pytest.raises(UserError, match="query 'some'.*export the adapter again"):
+        changed(query="some")
+
+
+def test_every_reference_option_acts(pipe):
+    a, b = photographs()
+    mask = np.zeros((32, 48), np.float32)
+    mask[:, :24] = 1
+    variants = [
+        draw(pipe, a),
+        draw(pipe, b),
+        draw(pipe, b, fit="crop"),
+        draw(pipe, a, b),
+        draw(pipe, a, b, merge="concat"),
+        draw(pipe, a, b, masks=[mask, 1 - mask]),
+        draw(pipe, a, b, masks=[1 - mask, mask]),
+        draw(pipe, a, image_scale=0.5),
+        draw(pipe, a, text_gain=1.0),
+        draw(pipe, a, granularity=(1, 0, 0)),
+        draw(pipe, a, granularity=(0, 0, 1)),
+        draw(pipe, a, image_start=0.4),
+        draw(pipe, a, image_end=0.4),
+    ]
+    for i, x in enumerate(variants):
+        for y in variants[:i]:
+            assert (x != y).any()
+
+
+def test_words_decide_where_subjects_go(pipe):
+    """Auto regions are neither none nor those of other words, in a plain pass and in one with a negative prompt."""
+    photos, names = photographs(), ["cat", "a dog"]
+
+    def drawn(*references, **options):
+        result = pipe("A cat and a dog", references, **(SIZE | options))
+        return np.asarray(result.images[0]), result.settings
+
+    auto, settings = drawn(*photos, words=names)
+    assert settings["regions"] == "auto" and settings["words"] == names
+    none, settings = drawn(*photos, words=names, regions="none")
+    assert settings["regions"] == "none"
+    np.testing.assert_array_equal(none, drawn(*photos)[0])
+    np.testing.assert_array_equal(drawn(*photos, words=names, regions="auto")[0], auto)
+    others = [none, drawn(*photos, words=names[::-1])[0], drawn(*photos, words=names, negative_prompt="a bird")[0]]
+    others.append(drawn(*photos, negative_prompt="a bird")[0])
+    for i, x in enumerate([auto, *others]):
+        assert all((x != y).any() for y in others[i:])
+    np.testing.assert_array_equal(drawn(photos[0], words=["cat"])[0], drawn(photos[0])[0])
+    mask = np.ones((32, 48), np.float32)
+    masked, settings = drawn(*photos, masks=[mask, mask], words=["cat", ""], regions="auto")
+    assert settings["regions"] == "masks"
+    np.testing.assert_array_equal(masked, drawn(*photos, masks=[mask, mask])[0])
+
+
+def test_words_and_regions_that_do_not_fit(pipe):
+    photos = photographs()
+    for options, message in (
+        (dict(words=["cat"]), "--subject: words for 1 subjects and 2 references"),
+        (dict(words=["cat", ""]), "--regions auto: 1 of 2 references have words.*--subject IMG=WORDS"),
+        (dict(regions="auto"), "--regions auto: 0 of 2 references"),
+        (dict(regions="all"), "--regions all: expected auto or none"),
+        (dict(words=["cat", "cat"]), "'cat' stand in the prompt 1 time"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw(pipe, *photos, **options)
+
+
+def test_start_and_end_count_steps(pipe, plain):
+    """Of 3 steps, [0.34, 0.6) holds none but [0.3, 0.4) holds the second."""
+    a = photographs()[0]
+    np.testing.assert_array_equal(draw(pipe, a, image_start=0.34, image_end=0.6), plain)
+    assert (draw(pipe, a, image_start=0.3, image_end=0.4) != plain).any()
+
+
+def test_granularity_is_reported_as_used_and_scale_free(pipe):
+    a = photographs()[0]
+    result = pipe("a cat", [a], granularity=(0, 2, 6), **SIZE)
+    np.testing.assert_allclose(result.routing, [[0, 0.25, 0.75]])
+    np.testing.assert_array_equal(np.asarray(result.images[0]), draw(pipe, a, granularity=(0, 1, 3)))
+    routed = pipe("a cat", photographs(), **SIZE).routing
+    assert routed.shape == (2, 3) and np.allclose(routed.sum(axis=1), 1, atol=1e-5) and routed.std() > 0
+
+
+def test_each_seed_can_be_drawn_alone(base):
+    three = base("a cat", seed=5, num_images=3, **SIZE)
+    assert three.seeds == [5, 6, 7]
+    alone = base("a cat", seed=7, **SIZE).images[0]
+    difference = np.abs(np.asarray(three.images[2], int) - np.asarray(alone, int))
+    assert difference.max() <= 1  # batched products may round differently
+    assert (np.asarray(three.images[0]) != np.asarray(three.images[1])).any()
+
+
+def test_prompts_of_a_batch_are_drawn_as_each_alone(pipe):
+    options = SIZE | dict(num_images=2, seed=5, negative_prompt="dull", words=["cat", "cup"])
+    prompts = ["a cat and a cup", "the red cup, next to it a cat"]
+    batch = pipe(prompts, photographs(), **options)
+    assert batch.seeds == [5, 6, 5, 6] and batch.settings["prompt"] == prompts
+    alone = [image for p in prompts for image in pipe(p, photographs(), **options).images]
+    for found, expected in zip(batch.images, alone, strict=True):
+        np.testing.assert_allclose(np.asarray(found, int), np.asarray(expected, int), atol=1)
+    assert np.abs(np.asarray(alone[0], int) - np.asarray(alone[2], int)).max() > 4
+    with pytest.raises(UserError, match="--prompt: none given"):
+        pipe([], photographs(), **SIZE)
+
+
+def test_true_cfg_steers_and_scale_one_is_plain(base, plain):
+    assert (draw(base, negative_prompt="a dog", true_cfg=3.0) != plain).any()
+    one = np.asarray(draw(base, negative_prompt="a dog", true_cfg=1.0), int)
+    assert np.abs(one - np.asarray(plain, int)).max() <= 1
+
+
+def test_references_as_path_picture_or_array_are_one(pipe, photograph):
+    picture = Image.open(photograph)
+    drawn = [draw(pipe, r) for r in (photograph, picture, np.asarray(picture))]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+def test_a_base_can_ask_for_true_cfg(base, plain, monkeypatch):
+    """Its bundle's defaults say so: it then steers away from the empty prompt, unless told otherwise."""
+    explicit = draw(base, negative_prompt="", true_cfg=3.0)
+    other = draw(base, negative_prompt="a dog", true_cfg=3.0)
+    monkeypatch.setitem(base.defaults, "true_cfg", 3.0)
+    np.testing.assert_array_equal(draw(base), explicit)
+    np.testing.assert_array_equal(draw(base, negative_prompt="a dog"), other)
+    np.testing.assert_array_equal(draw(base, true_cfg=1.0), plain)
+
+
+def test_bfloat16_draws_about_the_same(tiny, plain):
+    half = draw(DynaIPPipeline.load(tiny[0], dtype="bfloat16"))
+    error = np.abs(half.astype(int) - plain.astype(int)).mean()
+    assert 0 < error < 20
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights, monkeypatch):
+    def from_the_host(config, params):
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(params)} == {"pinned_host"}
+        return quantized(config, params)
+
+    monkeypatch.setattr(pipeline, "quantized", from_the_host)
+    small = DynaIPPipeline.load(*tiny, weights=weights, offload_text=True)
+    size = {p: sum(x.nbytes for x in jax.tree.leaves(p.params["transformer"]["double_blocks"])) for p in (pipe, small)}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(small.params["transformer"])} == {"device"}
+    assert size[small] < 0.35 * size[pipe]  # of float32; what is not a product's weight stays
+    robot = photographs()[0]
+    full, found = draw(pipe, robot).astype(float), draw(small, robot).astype(float)
+    assert 0 < np.abs(found - full).mean() < 4
+
+
+def test_eight_bit_weights_without_qwix_or_of_another_kind(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    monkeypatch.setattr(Bundle, "load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match="--weights: 8-bit weights need qwix, which is not here; pip install qwix"):
+        DynaIPPipeline.load(*tiny, weights="int8")
+    with pytest.raises(UserError, match="--weights int4: expected one of full, int8, fp8"):
+        DynaIPPipeline.load(*tiny, weights="int4")
+
+
+def test_weights_are_rounded_a_channel_and_a_block_at_a_time(pipe):
+    config = dataclasses.replace(pipe.configs["transformer"], weights="int8")
+    blocks = dict(pipe.params["transformer"])
+    kernel = quantized(config, dict(blocks))["single_blocks"]["mlp_in"]["kernel"].array
+    full = np.asarray(blocks["single_blocks"]["mlp_in"]["kernel"])
+    scale = np.abs(full).max(axis=1, keepdims=True) / 127.5
+    assert kernel.qvalue.dtype == np.int8
+    np.testing.assert_allclose(kernel.scale, scale, rtol=0.01)
+    np.testing.assert_allclose(np.asarray(kernel.qvalue) * np.asarray(kernel.scale), full, atol=scale.max() * 0.51)
+
+
+def test_steps_from_the_cache(tiny, pipe):
+    """No threshold that is ever met changes nothing; one that always is leaves the first step alone."""
+    options = SIZE | dict(steps=6, negative_prompt="dull")
+    drawn = {x: pipe("a cat", photographs()[:1], cache_threshold=x, **options) for x in (None, 1e-6, 9.0)}
+    pictures = {x: np.asarray(result.images[0], int) for x, result in drawn.items()}
+    assert "cached_steps" not in drawn[None].settings
+    assert [drawn[x].settings["cached_steps"] for x in (1e-6, 9.0)] == [0, 5]
+    assert np.abs(pictures[1e-6] - pictures[None]).max() <= 1
+    assert 0 < np.abs(pictures[9.0] - pictures[None]).mean() < 40
+    small = DynaIPPipeline.load(*tiny, weights="int8")
+    assert small("a cat", photographs()[:1], cache_threshold=9.0, **options).settings["cached_steps"] == 5
+    with pytest.raises(UserError, match="--cache-threshold 0: expected a positive number, such as 0.1"):
+        draw(pipe, photographs()[0], cache_threshold=0)
+
+
+def test_what_would_be_cut_from_a_prompt_is_said(base):
+    with pytest.warns(UserWarning, match="CLIP encoder takes no more; it does not see: 'z'"):
+        result = base("x" * 75 + "z", **SIZE)
+    assert len(result.warnings) == 1
+    assert base("x" * 75, **SIZE).warnings == []
+
+
+def test_an_adapter_without_references_and_the_reverse(pipe, base):
+    with pytest.raises(UserError, match="--adapter: no reference"):
+        draw(pipe)
+    with pytest.raises(UserError, match="--reference: no adapter"):
+        draw(base, photographs()[0])
+    with pytest.raises(UserError, match="--merge mean: expected sum or concat"):
+        draw(pipe, photographs()[0], merge="mean")
+
+
+def test_weights_that_are_not_finite_are_named(base):
+    broken = DynaIPPipeline(base.bundle, base.configs, dict(base.params), base.tokenizers, None)
+    broken.params["vae"] = jax.tree.map(lambda x: x * np.nan, base.params["vae"])
+    with pytest.raises(UserError, match="weights of vae hold NaN"):
+        draw(broken)

@@ -1,0 +1,111 @@
+"""Shapeland: what a scene says of itself is what is drawn, and captions never say who the subject is."""
+
+import numpy as np
+import pytest
+
+from dynaip_jax.data.records import Dataset, write_dataset
+from dynaip_jax.images import files as images
+from dynaip_jax.shapeland import world as synthetic
+
+
+def scene(seed=0, count=1, split="test", **options):
+    return synthetic.sample_scene(synthetic.generator(seed, split, 0), count, **options)
+
+
+def plain(**changes):
+    """A white circle in the middle of grass at noon, without pattern, outline or emblem."""
+    white = (1.0, 1.0, 1.0)
+    identity = synthetic.Identity(white, white, "stripes", 1.5, 0.0, 0.0, 1.0, "none", 1.0)
+    placed = synthetic.Placed("circle", identity, "middle", 32.0, 32.0, 15.0, 0.0)
+    return synthetic.Scene("grass", "noon", (placed._replace(**changes),), 0)
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another_one():
+    one, again, other = (synthetic.render(scene(seed)).image for seed in (3, 3, 4))
+    assert (one == again).all() and (one != other).any()
+
+
+def test_no_identity_is_in_two_splits():
+    identities = [scene(0, split=split).subjects[0].identity for split in synthetic.SPLITS]
+    assert len(set(identities)) == len(identities)
+
+
+@pytest.mark.parametrize("kind", synthetic.CLASSES)
+def test_masks_cover_what_is_drawn(kind):
+    drawn = synthetic.render(plain(kind=kind))
+    mask = drawn.masks[0]
+    assert (drawn.image[mask == 1] == 255).all()
+    empty = synthetic.render(plain()._replace(subjects=())).image
+    assert (drawn.image[mask == 0] == empty[mask == 0]).all()
+    edge = (mask > 0) & (mask < 1)
+    assert 10 < edge.sum() < (mask == 1).sum()  # anti-aliased, and only at the edge
+
+
+def test_the_area_of_a_circle_is_right():
+    area = synthetic.render(plain(radius=15.0)).masks[0].sum()
+    assert area == pytest.approx(np.pi * (0.92 * 15) ** 2, rel=0.01)
+
+
+def test_a_later_subject_hides_an_earlier_one():
+    one = plain().subjects[0]
+    both = synthetic.Scene("sand", "noon", (one, one._replace(kind="square")), 0)
+    first, second = synthetic.render(both).masks
+    assert (first + second <= 1 + 1e-6).all() and first.sum() < 0.2 * second.sum()
+
+
+def test_light_is_a_factor_of_each_channel():
+    noon, dusk = (synthetic.render(plain()._replace(light=light)).image / 255 for light in ("noon", "dusk"))
+    np.testing.assert_allclose(dusk, noon * synthetic.LIGHTS["dusk"], atol=1 / 255)
+
+
+def test_captions_name_class_and_scene_and_never_the_identity():
+    look = {*synthetic.COLOURS, *synthetic.PATTERNS, *synthetic.EMBLEMS, "dark", "black", "white"}
+    for n in range(200):
+        s = synthetic.sample_mixed(synthetic.generator(0, "test", n))
+        words = synthetic.caption(s).split()
+        assert not look & set(words)
+        assert {s.background, s.light, *(x.kind for x in s.subjects)} <= set(words)
+        assert {*words, *synthetic.description(s).split()} <= set(synthetic.vocabulary())
+    assert synthetic.caption(plain()) == "a circle in the middle on grass at noon"
+    assert synthetic.caption(plain(radius=22.0)) == "a large circle on grass at noon"
+
+
+@pytest.mark.parametrize("count", (1, 2, 3))
+def test_subjects_are_of_different_classes_in_different_columns_and_whole(count):
+    for seed in range(50):
+        subjects = scene(seed, count).subjects
+        assert len({s.kind for s in subjects}) == len({s.position for s in subjects}) == count
+        for s in subjects:
+            assert abs(s.x - synthetic.POSITIONS[s.position]) < 9 and s.radius <= s.x <= synthetic.SIZE - s.radius
+
+
+def test_rows_are_those_of_the_trainer(tmp_path):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    rows = [synthetic.pair_row(0, n) for n in range(3)] + [synthetic.pair_row(0, 3, reference="same")]
+    assert write_dataset(folder, rows) == 4
+    found = Dataset(folder)
+    assert found.masked.all() and (found.sizes == synthetic.SIZE).all()
+    target, reference = (images.load_image("x", data=x) for x in (found[0].target, found[0].reference))
+    assert target.shape == reference.shape and (target != reference).any()
+    assert found[3].reference == b"" and found[0].subject.split()[-1] in found[0].caption
+    mask = images.load_image("x", data=found[0].mask)
+    assert 0.1 < (mask > 127).mean() < 0.7  # a close view
+
+
+def test_a_base_reads_looks_in_some_captions_only():
+    captions = [synthetic.scene_row(0, n).caption for n in range(60)]
+    told = [c for c in captions if set(c.split()) & set(synthetic.PATTERNS)]
+    assert 5 < len(told) < 25
+
+
+def test_a_pair_shows_one_identity_twice():
+    rng = synthetic.generator(0, "test", 5)
+    subject = synthetic.sample_scene(rng, 1).subjects[0]
+    close = synthetic.close_view(rng, subject).subjects[0]
+    assert (close.kind, close.identity) == (subject.kind, subject.identity) and synthetic.is_large(close)
+
+
+def test_an_unknown_class_is_an_error():
+    with pytest.raises(ValueError, match="class 'cat': expected one of"):
+        synthetic.render(plain(kind="cat"))

@@ -1,0 +1,1 @@
+"""Training the models of Shapeland from nothing."""
