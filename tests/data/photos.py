@@ -1,4 +1,4 @@
-"""Photographs of scikit-image as the three layouts of `dynaip_jax.data.rows`, and tokenizers small enough to read."""
+"""Photographs of scikit-image as the three layouts of `dynaip_jax.data.sources`, and tokenizers small enough to read."""
 
 import json
 import zlib
@@ -9,7 +9,7 @@ import numpy as np
 from skimage import data
 
 from dynaip_jax.data.records import write_dataset
-from dynaip_jax.data.rows import Limits, check, png, read_manifest
+from dynaip_jax.data.sources import Limits, check, png, read_manifest
 
 CAPTIONS = {  # name: caption, subject
     "astronaut": ("an astronaut smiling in front of a flag", "astronaut"),  # 512 x 512

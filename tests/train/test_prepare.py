@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dynaip_jax.data import records as store
-from dynaip_jax.data import rows
+from dynaip_jax.data import sources as rows
 from dynaip_jax.data.records import open_dataset
 from dynaip_jax.errors import run_cli
 from tests.data.photos import CAPTIONS, entries, photo, write_lines

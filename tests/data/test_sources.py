@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from dynaip_jax.data import rows
-from dynaip_jax.data.rows import BadRow, Limits, Record
+from dynaip_jax.data import sources as rows
+from dynaip_jax.data.sources import BadRow, Limits, Record
 from dynaip_jax.errors import UserError
 from dynaip_jax.images import files as images
 from tests.data.photos import CAPTIONS, entries, write_lines
