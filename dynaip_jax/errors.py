@@ -1,34 +1,26 @@
-"""The one error a user is meant to read, and the command-line frame that shows it."""
+"""The one error a user is meant to read."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import re
+from collections.abc import Callable
+
+FIELD = re.compile(r"`([a-z][\w.]*)`")
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: the file or option, what was found, what was expected, the remedy.
+    """Bad input. The message is one line: the option or file, what was found, what was expected, the remedy.
 
-    Command-line programs print it to stderr and exit with status 2 (`run_cli`); the library raises it.
+    Options are named as Python has them, in backticks: "`steps` 0: expected at least 1". A command turns them into its flags, a
+    page into its labels (`told`).
     """
 
+    @property
+    def field(self) -> str | None:
+        """The option that the message names first; None if it names none."""
+        found = FIELD.search(str(self))
+        return found[1] if found else None
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s: one line, no usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)`; a `UserError` becomes one line on stderr and status 2, Ctrl-C status 130."""
-    try:
-        return main(argv) or 0
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    def told(self, name: Callable[[str], str]) -> str:
+        """The message on one line, with `name(option)` in place of each option in backticks."""
+        return " ".join(FIELD.sub(lambda match: name(match[1]), str(self)).split())

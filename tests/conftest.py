@@ -14,7 +14,7 @@ import skimage.data  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dynaip_jax.app import main as cli  # noqa: E402
-from dynaip_jax.errors import run_cli  # noqa: E402
+from dynaip_jax.commandline import run_cli  # noqa: E402
 from dynaip_jax.testing import make_adapter, make_bundle  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"

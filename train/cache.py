@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.data import features
 from dynaip_jax.data.samples import DataConfig, Pictures, make_plan, open_dataset
-from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.errors import UserError
 from dynaip_jax.storage.bundle import replacing
 from train import config as config_
 from train.photographs import resolve

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.compiling import keep_compiled
 from train import config as config_
 from train.photographs import resolve

@@ -14,10 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.data import sources as rows
 from dynaip_jax.data.records import INDEX, Record, write_dataset
 from dynaip_jax.data.sources import BadRow, Limits, Source
-from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.errors import UserError
 from dynaip_jax.storage.bundle import replacing
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.compiling import keep_compiled
 from dynaip_jax.version import __version__
 

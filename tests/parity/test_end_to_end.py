@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dynaip_jax.app import main as cli
-from dynaip_jax.errors import run_cli
+from dynaip_jax.commandline import run_cli
 from dynaip_jax.images.files import read_settings
 from tests.parity.flux_folder import flux_pipeline, save_clip_vision
 from tools.convert_torch_weights.__main__ import main as convert

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dynaip_jax.errors import run_cli
+from dynaip_jax.commandline import run_cli
 from dynaip_jax.families.registry import COMPONENTS, FAMILIES, abstract_params
 from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.vae import VAEConfig

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from dynaip_jax.errors import run_cli
+from dynaip_jax.commandline import run_cli
 from train.main import main
 from train.photographs import prepare_photographs
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from dynaip_jax.commandline import run_cli
 from dynaip_jax.data.loader import BatchIterator
-from dynaip_jax.errors import run_cli
 from dynaip_jax.runtime.sharding import make_mesh
 from tests.train.runs import Child, data_state, metrics, state, steps, words
 from train import assemble as models

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dynaip_jax.commandline import run_cli
 from dynaip_jax.data import records as store
 from dynaip_jax.data import sources as rows
 from dynaip_jax.data.records import open_dataset
-from dynaip_jax.errors import run_cli
 from tests.data.photos import CAPTIONS, entries, photo, write_lines
 from train import prepare
 

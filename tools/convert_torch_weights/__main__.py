@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynaip_jax.errors import Parser, UserError, run_cli
+from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.errors import UserError
 from dynaip_jax.families.registry import config_to_dict
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.storage.bundle import NewComponent, reserve, sha256_of, write_bundle

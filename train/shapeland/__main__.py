@@ -2,7 +2,7 @@
 
 import sys
 
-from dynaip_jax.errors import run_cli
+from dynaip_jax.commandline import run_cli
 from dynaip_jax.runtime.compiling import keep_compiled
 from train.shapeland.stages import main
 

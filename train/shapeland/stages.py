@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from dynaip_jax.commandline import Parser
 from dynaip_jax.data.records import write_dataset
 from dynaip_jax.data.samples import DataConfig
-from dynaip_jax.errors import Parser, UserError
+from dynaip_jax.errors import UserError
 from dynaip_jax.families.registry import COMPONENTS, FAMILIES, config_to_dict, init_params
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.flow import ScheduleConfig
