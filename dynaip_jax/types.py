@@ -11,9 +11,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-QUERIES = ("before_rope", "after_rope")  # of the reference term
-MERGES = ("sum", "concat")  # of several subjects, in the reference term
-WEIGHTS = ("full", "int8", "fp8")  # of the transformer's blocks
+
+class Sites(NamedTuple):
+    """Where a backbone can read an image prompt: how many dual-stream (`double`) and single-stream (`single`) blocks, their heads and
+    head size, and the model width."""
+
+    double: int
+    single: int
+    heads: int
+    head_dim: int
+    width: int
+
+
+class TextCondition(NamedTuple):
+    """What a prompt tells the backbone: `states` `[b, t, c]`, a row a token, and `pooled` `[b, c]` (None where it takes none)."""
+
+    states: jax.Array
+    pooled: jax.Array | None
 
 
 class KV(NamedTuple):

@@ -5,7 +5,6 @@ Follows the published abstract and reviews; what they leave open is this project
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,39 +12,40 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
+from dynaip_jax import choices
 from dynaip_jax.adapters.hmoe import HMoE, HMoEConfig
 from dynaip_jax.layers.basic import parameter
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.layers.injection import Injection
 from dynaip_jax.runtime.sharding import constrain
-from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
+from dynaip_jax.types import KV, ImagePrompt, Sites
 
 
 @dataclass(frozen=True)
 class DynaIPConfig:
     """`depth`, `depth_single_blocks`, `num_heads`, `head_dim` are the base transformer's. `blocks`: "double" injects into the
-    dual-branch blocks, "all" also into the single-stream ones. `query` (one of `types.QUERIES`) and `merge` (of
-    `types.MERGES`): how the base is to compute the reference term; the base's config takes them over."""
+    dual-branch blocks, "all" also into the single-stream ones. `query`, `merge`, `site`: how the base is to compute and add the
+    reference term (see `layers.injection.Injection`)."""
 
     hmoe: HMoEConfig = field(default_factory=HMoEConfig)
     blocks: str = "all"
     query: str = "before_rope"
     merge: str = "sum"
+    site: str = "before_projection"
     depth: int = 19
     depth_single_blocks: int = 38
     num_heads: int = 24
     head_dim: int = 128
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        if isinstance(self.hmoe, dict):
-            object.__setattr__(self, "hmoe", HMoEConfig(**self.hmoe))
-        if self.blocks not in ("double", "all"):
-            raise ValueError(f"blocks {self.blocks!r}: expected 'double' or 'all'")
-        for name, allowed in (("query", QUERIES), ("merge", MERGES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {allowed}")
+        choices.check("blocks", self.blocks, ("double", "all"))
+        Injection(self.query, self.merge, self.site)  # checks them
+
+    @property
+    def injection(self) -> Injection:
+        """How the base's blocks are to use the image prompt."""
+        return Injection(query=self.query, merge=self.merge, site=self.site)
 
     @property
     def injected(self) -> int:
@@ -53,18 +53,14 @@ class DynaIPConfig:
         return self.depth + (self.depth_single_blocks if self.blocks == "all" else 0)
 
     @classmethod
-    def for_base(cls, base, clip_width: int, hmoe: dict | None = None, **changes) -> DynaIPConfig:
-        """For a transformer config (`FluxConfig`) and a CLIP of `clip_width`, as wide as the base unless `hmoe` says otherwise."""
-        sizes = dict(
-            depth=base.depth,
-            depth_single_blocks=base.depth_single_blocks,
-            num_heads=base.num_heads,
-            head_dim=base.head_dim,
-        )
-        kw = {k: v for k, v in changes.items() if k in ("dtype", "param_dtype")}
+    def for_base(cls, sites: Sites, clip_width: int, hmoe: dict | None = None, **changes) -> DynaIPConfig:
+        """For a backbone's `sites` and a CLIP of `clip_width`, as wide as the backbone unless `hmoe` says otherwise."""
         return cls(
-            hmoe=HMoEConfig(**dict(clip_width=clip_width, width=base.hidden_size, **kw) | (hmoe or {})),
-            **sizes,
+            hmoe=HMoEConfig(**dict(clip_width=clip_width, width=sites.width) | (hmoe or {})),
+            depth=sites.double,
+            depth_single_blocks=sites.single,
+            num_heads=sites.heads,
+            head_dim=sites.head_dim,
             **changes,
         )
 
@@ -83,25 +79,26 @@ class DynaIP(nn.Module):
     """
 
     config: DynaIPConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(
         self, features: Sequence[jax.Array], *, image_gain=1.0, text_gain=1.0, granularity=None, region=None, words=None
     ) -> tuple[ImagePrompt, jax.Array]:
-        c = self.config
+        c, p = self.config, self.compute
         b, s = features[0].shape[:2]
         if granularity is not None:
             granularity = jnp.broadcast_to(jnp.asarray(granularity, jnp.float32), (b, s, 3)).reshape(b * s, 3)
         flat = [f.reshape(b * s, *f.shape[2:]) for f in features]
-        tokens, weights = HMoE(c.hmoe, name="hmoe")(flat, granularity)
+        tokens, weights = HMoE(c.hmoe, p, name="hmoe")(flat, granularity)
         tokens = tokens.reshape(b, s, *tokens.shape[1:])
 
         def gain(g):
             return jnp.broadcast_to(jnp.asarray(g, jnp.float32), (c.injected, b, s))
 
         prompt = ImagePrompt(
-            double=Bank(c, c.depth, name="double")(tokens),
-            single=Bank(c, c.depth_single_blocks, name="single")(tokens) if c.blocks == "all" else None,
+            double=Bank(c, p, c.depth, name="double")(tokens),
+            single=Bank(c, p, c.depth_single_blocks, name="single")(tokens) if c.blocks == "all" else None,
             image_gain=gain(image_gain),
             text_gain=gain(text_gain),
             region=region,
@@ -114,46 +111,42 @@ class Bank(nn.Module):
     """Keys and values `[l, b, s, m, h, d]` of `length` blocks from the tokens `[b, s, m, width]`."""
 
     config: DynaIPConfig
+    compute: Compute
     length: int
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> KV:
-        c = self.config
+        c, p = self.config, self.compute
         shape = (self.length, tokens.shape[-1], c.num_heads, c.head_dim)
 
         def project(name, init):
             axes = ("layers", "embed", "heads", "head_dim")
-            kernel = parameter(self, name, init, axes, shape, c.param_dtype)
-            x = jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(c.dtype), kernel.astype(c.dtype))
+            kernel = parameter(self, name, init, axes, shape, p.param_dtype)
+            x = jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(p.dtype), kernel.astype(p.dtype))
             return constrain(x, "layers", "batch", None, None, "heads", "head_dim")
 
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
         k, v = project("key", lecun), project("value", nn.initializers.zeros)
         axes = ("layers", "head_dim")
-        scale = parameter(self, "key_norm", nn.initializers.ones, axes, (self.length, c.head_dim), c.param_dtype)
+        scale = parameter(self, "key_norm", nn.initializers.ones, axes, (self.length, c.head_dim), p.param_dtype)
         scale = scale.astype(jnp.float32)
         k32 = k.astype(jnp.float32)
         k32 = k32 * jax.lax.rsqrt(jnp.mean(k32 * k32, axis=-1, keepdims=True) + 1e-6)
-        return KV((k32 * scale[:, None, None, None, None]).astype(c.dtype), v)
+        return KV((k32 * scale[:, None, None, None, None]).astype(p.dtype), v)
 
 
-def init_adapter_params(config: DynaIPConfig, key: jax.Array, *, boxed: bool = False) -> dict[str, Any]:
+def init_adapter_params(
+    config: DynaIPConfig, key: jax.Array, compute: Compute = Compute(), *, boxed: bool = False
+) -> dict[str, Any]:
     """Fresh parameters of an adapter: with them the base model is left exactly as it is. `boxed` leaves each in the box
     that holds its logical axis names."""
     features = [jnp.zeros((1, 1, 2, config.hmoe.clip_width))] * 3
-    params = DynaIP(config).init(key, features)["params"]
+    params = DynaIP(config, compute).init(key, features)["params"]
     return params if boxed else nn.meta.unbox(params)
 
 
-def abstract_adapter_params(config: DynaIPConfig, *, boxed: bool = False) -> dict[str, Any]:
+def abstract_adapter_params(
+    config: DynaIPConfig, compute: Compute = Compute(), *, boxed: bool = False
+) -> dict[str, Any]:
     """Shapes and dtypes of the adapter's parameters, nothing allocated; `boxed`: see `init_adapter_params`."""
-    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0), boxed=boxed))
-
-
-def adapter_to_dict(config: DynaIPConfig) -> dict[str, Any]:
-    """The adapter's config as stored in `adapter.json`."""
-    stored = dataclasses.asdict(config)
-    for part in (stored, stored["hmoe"]):
-        for key in ("dtype", "param_dtype"):
-            part.pop(key)
-    return stored
+    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0), compute, boxed=boxed))

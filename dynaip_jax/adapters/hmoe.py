@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import LayerNorm, linear, parameter
+from dynaip_jax.layers.compute import Compute
 
 LEVEL_NAMES = ("low", "mid", "high")
 
@@ -35,8 +34,6 @@ class HMoEConfig:
     resampler_tokens: int = 0
     resampler_depth: int = 2
     resampler_heads: int = 16
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -61,12 +58,13 @@ class HMoE(nn.Module):
     """
 
     config: HMoEConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(
         self, features: Sequence[jax.Array], granularity: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        c = self.config
+        c, p = self.config, self.compute
         if len(features) != 3 or any(f.shape[-1] != c.clip_width for f in features):
             raise ValueError(
                 f"HMoE: features {[f.shape for f in features]}; expected three arrays [b, m, {c.clip_width}]: "
@@ -83,20 +81,20 @@ class HMoE(nn.Module):
             total = granularity.sum(axis=-1, keepdims=True)
             weights = jnp.where(total > 0, granularity / jnp.where(total > 0, total, 1), weights)
 
-        low, mid, high = (Expert(c, name=f"expert_{name}")(f) for name, f in zip(LEVEL_NAMES, features, strict=True))
-        mix = (weights if c.router == "token" else weights[:, None]).astype(c.dtype)
+        low, mid, high = (Expert(c, p, name=f"expert_{name}")(f) for name, f in zip(LEVEL_NAMES, features, strict=True))
+        mix = (weights if c.router == "token" else weights[:, None]).astype(p.dtype)
         tokens = mix[..., 0, None] * low + mix[..., 1, None] * mid + mix[..., 2, None] * high
         if c.resampler_tokens:
-            tokens = Resampler(c, name="resampler")(tokens)
+            tokens = Resampler(c, p, name="resampler")(tokens)
         return tokens, weights
 
     def _route(self, features: Sequence[jax.Array]) -> jax.Array:
         x = jnp.concatenate(features, axis=-1).astype(jnp.float32)
         if self.config.router == "image":
             x = x.mean(axis=1)
-        x = LayerNorm(param_dtype=self.config.param_dtype, name="router_norm")(x)
+        x = LayerNorm(param_dtype=self.compute.param_dtype, name="router_norm")(x)
         out = linear(
-            3, (None, None), param_dtype=self.config.param_dtype, kernel_init=nn.initializers.zeros, name="router"
+            3, (None, None), param_dtype=self.compute.param_dtype, kernel_init=nn.initializers.zeros, name="router"
         )
         return jax.nn.softmax(out(x), axis=-1)
 
@@ -105,12 +103,13 @@ class Expert(nn.Module):
     """LayerNorm -> Linear -> GELU -> Linear, from CLIP's width to the adapter's."""
 
     config: HMoEConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        kw: Any = dict(dtype=c.dtype, param_dtype=c.param_dtype)
-        x = LayerNorm(param_dtype=c.param_dtype, name="norm")(x.astype(c.dtype))
+        c, p = self.config, self.compute
+        kw = p.dtypes
+        x = LayerNorm(param_dtype=p.param_dtype, name="norm")(x.astype(p.dtype))
         x = nn.gelu(linear(c.expert_width, (None, "mlp"), name="in_layer", **kw)(x), approximate=True)
         return linear(c.width, ("mlp", "embed"), name="out_layer", **kw)(x)
 
@@ -119,19 +118,20 @@ class Resampler(nn.Module):
     """A Perceiver: learned queries `[r, width]` attend `resampler_depth` times to the tokens `[b, m, width]` -> `[b, r, width]`."""
 
     config: HMoEConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        c = self.config
-        kw: Any = dict(dtype=c.dtype, param_dtype=c.param_dtype)
+        c, p = self.config, self.compute
+        kw = p.dtypes
         head_dim = c.width // c.resampler_heads
         init = nn.initializers.normal(c.width**-0.5)
-        queries = parameter(self, "queries", init, (None, "embed"), (c.resampler_tokens, c.width), c.param_dtype)
-        queries = queries.astype(c.dtype)
+        queries = parameter(self, "queries", init, (None, "embed"), (c.resampler_tokens, c.width), p.param_dtype)
+        queries = queries.astype(p.dtype)
         x = jnp.broadcast_to(queries, (tokens.shape[0], *queries.shape))
 
         def norm(x, name):
-            return LayerNorm(param_dtype=c.param_dtype, name=name)(x)
+            return LayerNorm(param_dtype=p.param_dtype, name=name)(x)
 
         def heads(x, name):
             return linear((c.resampler_heads, head_dim), ("embed", "heads", "head_dim"), name=name, **kw)(x)
@@ -139,7 +139,7 @@ class Resampler(nn.Module):
         for i in range(c.resampler_depth):
             q = heads(norm(x, f"query_norm_{i}"), f"query_{i}")
             source = norm(tokens, f"token_norm_{i}")
-            a = ops.attention(q, heads(source, f"key_{i}"), heads(source, f"value_{i}"))
+            a = attention(q, heads(source, f"key_{i}"), heads(source, f"value_{i}"))
             x = x + linear(c.width, ("heads", "head_dim", "embed"), axis=(-2, -1), name=f"out_{i}", **kw)(a)
             h = linear(4 * c.width, ("embed", "mlp"), name=f"mlp_in_{i}", **kw)(norm(x, f"mlp_norm_{i}"))
             x = x + linear(c.width, ("mlp", "embed"), name=f"mlp_out_{i}", **kw)(nn.gelu(h, approximate=True))

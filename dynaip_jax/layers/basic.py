@@ -15,12 +15,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
+from dynaip_jax.layers.compute import REMAT_POLICIES
 
 LECUN = nn.initializers.lecun_normal()
 

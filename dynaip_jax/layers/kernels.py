@@ -9,10 +9,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dynaip_jax.choices import KERNELS
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.sharding import platform, spec
 
-KERNELS = ("auto", "xla", "per_head", "splash", "cudnn")
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 HEAD_SIZES = (128, 256)  # of splash: multiples of 128 whose blocks fit a TPU core's own memory
 LANES = 128  # splash: lengths are padded to multiples of it

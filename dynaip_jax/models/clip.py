@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
-from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import LayerNorm, embedding, linear, scanned
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.hf import check_config, config_from_hf
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 
@@ -30,11 +30,7 @@ LEGACY_EOS = 2  # the wrong `eos_token_id` of old config files: there the highes
 
 @dataclass(frozen=True, kw_only=True)
 class _TowerConfig:
-    """What both towers have, in transformers' field names.
-
-    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `dtype`: activations and matrix
-    products; `param_dtype`: the parameters that `init` makes.
-    """
+    """What both towers have, in transformers' field names."""
 
     hidden_size: int
     intermediate_size: int
@@ -42,10 +38,6 @@ class _TowerConfig:
     num_attention_heads: int
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    attention: str = "auto"
 
     def __post_init__(self):
         check_config(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -62,7 +54,7 @@ class _TowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(_TowerConfig):
-    """Sizes of the text tower, in transformers' field names and with its defaults, and how it is computed.
+    """Sizes of the text tower, in transformers' field names and with its defaults.
 
     Raises `ValueError` for sizes that do not fit.
     """
@@ -104,7 +96,7 @@ class CLIPTextConfig(_TowerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig(_TowerConfig):
-    """Sizes of the vision tower, in transformers' field names and with its defaults, and how it is computed.
+    """Sizes of the vision tower, in transformers' field names and with its defaults.
 
     Images are squares of `image_size` pixels, cut in squares of `patch_size`. Raises `ValueError` for sizes that do not
     fit.
@@ -155,44 +147,45 @@ class CLIPBlock(nn.Module):
     """Self-attention, then the MLP, each on the normed stream `x` `[b, n, c]`; `causal`: no row sees a later one."""
 
     config: CLIPTextConfig | CLIPVisionConfig
+    compute: Compute
     causal: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array):
-        c = self.config
-        h = _norm(c, "layer_norm1")(x)
+        c, p = self.config, self.compute
+        h = _norm(c, p, "layer_norm1")(x)
         heads = (c.num_attention_heads, c.head_dim)
         axes = ("embed", "heads", "head_dim")
-        q, k, v = (constrain(_linear(c, heads, axes, f"{name}_proj")(h), *HEADS) for name in "qkv")
+        q, k, v = (constrain(_linear(p, heads, axes, f"{name}_proj")(h), *HEADS) for name in "qkv")
         bias = jnp.triu(jnp.full((1, 1, x.shape[1], x.shape[1]), -jnp.inf), 1) if self.causal else None
-        attn = ops.attention(q, k, v, bias=bias, kernel=c.attention)
-        x = x + _linear(c, c.hidden_size, ("heads", "head_dim", "embed"), "out_proj", axis=(-2, -1))(attn)
+        attn = attention(q, k, v, bias=bias, kernel=p.attention)
+        x = x + _linear(p, c.hidden_size, ("heads", "head_dim", "embed"), "out_proj", axis=(-2, -1))(attn)
 
-        h = constrain(_linear(c, c.intermediate_size, ("embed", "mlp"), "fc1")(_norm(c, "layer_norm2")(x)), *WIDE)
-        x = x + _linear(c, c.hidden_size, ("mlp", "embed"), "fc2")(ACTIVATIONS[c.hidden_act](h))
+        h = constrain(_linear(p, c.intermediate_size, ("embed", "mlp"), "fc1")(_norm(c, p, "layer_norm2")(x)), *WIDE)
+        x = x + _linear(p, c.hidden_size, ("mlp", "embed"), "fc2")(ACTIVATIONS[c.hidden_act](h))
         return constrain(x, *ROWS), None
 
 
 class CLIPText(nn.Module):
-    """Token ids `input_ids` int `[b, t]` -> (last states, normed, `[b, t, c]`; pooled `[b, c]`) in `config.dtype`.
+    """Token ids `input_ids` int `[b, t]` -> (last states, normed, `[b, t, c]`; pooled `[b, c]`) in `compute.dtype`.
 
     Pooled is the state of the first token `eos_token_id` (of the first row, if there is none); with the legacy value 2,
     of the highest id: transformers' own rule. Raises `ValueError` for more than `max_position_embeddings` tokens.
     """
 
     config: CLIPTextConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        c = self.config
+        c, p = self.config, self.compute
         b, t = input_ids.shape
         if t > c.max_position_embeddings:
             raise ValueError(f"{t} tokens: this text encoder takes at most {c.max_position_embeddings}")
-        dtypes = dict(dtype=c.dtype, param_dtype=c.param_dtype)
-        x = embedding(c.vocab_size, c.hidden_size, name="token_embedding", **dtypes)(input_ids)
+        x = embedding(c.vocab_size, c.hidden_size, name="token_embedding", **p.dtypes)(input_ids)
         x = x + _table(self, "position_embedding", c.max_position_embeddings, c.hidden_size)[:t]
-        x, _ = scanned(CLIPBlock, c.num_hidden_layers, remat=c.remat)(c, causal=True, name="blocks")(x)
-        x = _norm(c, "final_layer_norm")(x)
+        x, _ = scanned(CLIPBlock, c.num_hidden_layers, remat=p.remat)(c, p, causal=True, name="blocks")(x)
+        x = _norm(c, p, "final_layer_norm")(x)
         ends = input_ids if c.eos_token_id == LEGACY_EOS else input_ids == c.eos_token_id
         return x, x[jnp.arange(b), jnp.argmax(ends, axis=-1)]
 
@@ -203,7 +196,7 @@ class CLIPText(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """Images -> (hidden states, each `[b, m, c]`, in the order of `layers`; pooled `[b, c]` or None) in `config.dtype`.
+    """Images -> (hidden states, each `[b, m, c]`, in the order of `layers`; pooled `[b, c]` or None) in `compute.dtype`.
 
     `pixel_values` `[b, H, W, 3]`: normalised, channels last, H = W = `image_size`. `layers` are the indices of
     transformers' `hidden_states`: 0 = the normed embeddings, n = after block n; none has the post-layernorm. Row 0 is
@@ -213,12 +206,13 @@ class CLIPVision(nn.Module):
     """
 
     config: CLIPVisionConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(
         self, pixel_values: jax.Array, layers: tuple[int, ...] = (10, 17, 24)
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        c = self.config
+        c, p = self.config, self.compute
         last = c.num_hidden_layers
         if not layers or not all(0 <= n <= last for n in layers):
             raise ValueError(f"layers {tuple(layers)}: this vision encoder has {last} blocks, so expected 0 to {last}")
@@ -226,15 +220,15 @@ class CLIPVision(nn.Module):
         if pixel_values.shape[1:] != shape:
             raise ValueError(f"images of shape {pixel_values.shape[1:]}: expected {shape}, channels last")
 
-        x = _with_class_token(self, _patches(c)(pixel_values))
-        x = _norm(c, "pre_layernorm")(x + _table(self, "position_embedding", c.tokens, c.hidden_size))
-        blocks = scanned(CLIPBlock, last, remat=c.remat)(c, name="blocks")
-        post_layernorm = _norm(c, "post_layernorm")
+        x = _with_class_token(self, _patches(c, p)(pixel_values))
+        x = _norm(c, p, "pre_layernorm")(x + _table(self, "position_embedding", c.tokens, c.hidden_size))
+        blocks = scanned(CLIPBlock, last, remat=p.remat)(c, p, name="blocks")
+        post_layernorm = _norm(c, p, "post_layernorm")
         if self.is_initializing():  # parameters for every block and the last norm, whatever is asked for
             post_layernorm(blocks(x)[0])
 
         stacked: Any = self.get_variable("params", "blocks")
-        block = scanned(CLIPBlock, 1, remat=c.remat)(c, parent=None)
+        block = scanned(CLIPBlock, 1, remat=p.remat)(c, p, parent=None)
         wanted = np.asarray(layers)[:, None, None, None]
 
         def step(carry, n):
@@ -259,35 +253,35 @@ def _tower(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return next((hf[k] for k in (f"{key}_dict", key) if hf.get(k) is not None), {})
 
 
-def _linear(c: _TowerConfig, features, axes, name: str, axis=-1) -> nn.DenseGeneral:
-    return linear(features, axes, name=name, axis=axis, dtype=c.dtype, param_dtype=c.param_dtype)
+def _linear(p: Compute, features, axes, name: str, axis=-1) -> nn.DenseGeneral:
+    return linear(features, axes, name=name, axis=axis, **p.dtypes)
 
 
-def _norm(c: _TowerConfig, name: str) -> LayerNorm:
-    return LayerNorm(eps=c.layer_norm_eps, param_dtype=c.param_dtype, name=name)
+def _norm(c: _TowerConfig, p: Compute, name: str) -> LayerNorm:
+    return LayerNorm(eps=c.layer_norm_eps, param_dtype=p.param_dtype, name=name)
 
 
 def _table(module: nn.Module, name: str, rows: int, width: int) -> jax.Array:
     """A parameter `[rows, width]` with a row for each position, in the compute dtype."""
-    c = module.config  # type: ignore[attr-defined]
+    p = module.compute  # type: ignore[attr-defined]
     init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-    return module.param(name, init, (rows, width), c.param_dtype).astype(c.dtype)
+    return module.param(name, init, (rows, width), p.param_dtype).astype(p.dtype)
 
 
-def _patches(c: CLIPVisionConfig) -> nn.Conv:
+def _patches(c: CLIPVisionConfig, p: Compute) -> nn.Conv:
     """Pixels `[b, H, W, 3]` -> one vector for each patch `[b, rows, columns, c]`."""
     size = (c.patch_size, c.patch_size)
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, None, "embed"))
     return nn.Conv(
-        c.hidden_size, size, strides=size, padding="VALID", use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype,
+        c.hidden_size, size, strides=size, padding="VALID", use_bias=False, **p.dtypes,
         kernel_init=init, name="patch_embedding",
     )  # fmt: skip
 
 
 def _with_class_token(module: nn.Module, patches: jax.Array) -> jax.Array:
     """Patches `[b, rows, columns, c]` as rows `[b, m, c]` behind the learned class token."""
-    c = module.config  # type: ignore[attr-defined]
+    p, width = module.compute, patches.shape[-1]  # type: ignore[attr-defined]
     init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
-    token = module.param("class_embedding", init, (c.hidden_size,), c.param_dtype).astype(c.dtype)
-    rows = patches.reshape(patches.shape[0], -1, c.hidden_size)
-    return jnp.concatenate([jnp.broadcast_to(token, (rows.shape[0], 1, c.hidden_size)), rows], axis=1)
+    token = module.param("class_embedding", init, (width,), p.param_dtype).astype(p.dtype)
+    rows = patches.reshape(patches.shape[0], -1, width)
+    return jnp.concatenate([jnp.broadcast_to(token, (rows.shape[0], 1, width)), rows], axis=1)

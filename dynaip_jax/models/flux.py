@@ -9,77 +9,36 @@ Text rows come before image rows wherever the two are joined.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers import injection
+from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import LayerNorm, RMSNorm, linear, scanned
-from dynaip_jax.layers.kernels import KERNELS
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares
+from dynaip_jax.layers.positions import apply_rope, rope_table, timestep_embedding
+from dynaip_jax.layers.regions import Found
+from dynaip_jax.layers.step_cache import StepCache, cached
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
-from dynaip_jax.types import KV, MERGES, QUERIES, WEIGHTS, ImagePrompt
-
-
-class BlockPrompt(NamedTuple):
-    """One block's share of an `ImagePrompt`: keys and values `[b, s, m, h, d]`, gains `[b, s]`."""
-
-    kv: KV
-    image_gain: jax.Array
-    text_gain: jax.Array
+from dynaip_jax.types import ImagePrompt
 
 
 class Shared(NamedTuple):
-    """What every block reads: conditioning vector `[b, c]`, rotary table; regions `[b, s, i]` or None; to find the regions in
-    the block itself: words `[b, s, t]` and what smooths their scores, `[b, i, i]`."""
+    """What every block reads: conditioning vector `[b, c]`, rotary table, where subjects belong."""
 
     vec: jax.Array
     rope: tuple[jax.Array, jax.Array]
-    region: jax.Array | None
-    words: jax.Array | None = None
-    smoothing: jax.Array | None = None
-
-
-class Found(NamedTuple):
-    """Where subjects belong by the blocks so far: the sum of their `ops.word_scores`, `[b, s, i]`, and their number."""
-
-    scores: jax.Array
-    blocks: jax.Array
-
-
-class StepCache(NamedTuple):
-    """First Block Cache, handed from one sampling step to the next: the first block shows how much has changed, and where that is
-    little, what all the others add is taken from before.
-
-    `threshold`: of the mean absolute change of what the first block adds, relative to its mean absolute value; `first`, `rest`
-    `[b, i, c]`: what the first and what the other blocks added to image rows in the last step that ran them all; `reused`:
-    int32, steps that did not. One decision for the whole batch. Source: ParaAttention, "First Block Cache", as in diffusers.
-    """
-
-    threshold: jax.Array
-    first: jax.Array
-    rest: jax.Array
-    reused: jax.Array
-
-    @classmethod
-    def empty(cls, config: FluxConfig, batch: int, image_rows: int, threshold: jax.Array) -> StepCache:
-        """Before the first step, which runs all blocks."""
-        nothing = jnp.zeros((batch, image_rows, config.hidden_size), config.dtype)
-        return cls(threshold, nothing, nothing, jnp.zeros((), jnp.int32))
+    places: Places
 
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """Sizes of the transformer, in BFL's field names, and how it is computed.
-
-    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `weights`: of `types.WEIGHTS`, see
-    `quantize`; `dtype`: activations and matrix products;
-    `param_dtype`: the parameters that `init` makes. Of the reference term, as the adapter was trained: `reference_query`, one
-    of `types.QUERIES`; `reference_merge`, one of `types.MERGES` (see `ops.reference_attention`). `region_sharpness`: exponent
-    of `ops.auto_region`; 0 gives every subject the same share everywhere.
-    """
+    """Sizes of the transformer, in BFL's field names. Raises `ValueError` for sizes that do not fit each other."""
 
     in_channels: int = 64
     out_channels: int = 64
@@ -94,14 +53,6 @@ class FluxConfig:
     theta: int = 10_000
     qkv_bias: bool = True
     guidance_embed: bool = True
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    attention: str = "auto"
-    weights: str = "full"
-    reference_query: str = "before_rope"
-    reference_merge: str = "sum"
-    region_sharpness: float = 6.0
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
@@ -111,11 +62,6 @@ class FluxConfig:
             raise ValueError(
                 f"axes_dim {self.axes_dim}: expected even numbers that add up to the head size {self.head_dim}"
             )
-        for name, allowed in dict(
-            attention=KERNELS, weights=WEIGHTS, reference_query=QUERIES, reference_merge=MERGES
-        ).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {allowed}")
 
     @property
     def head_dim(self) -> int:
@@ -150,83 +96,101 @@ class FluxConfig:
         return cls(**{**sizes, **changes})
 
 
+class Modulation(NamedTuple):
+    """Shift, scale and gate `[b, 1, c]` of one normed part of a block; the last layer has no gate."""
+
+    shift: jax.Array
+    scale: jax.Array
+    gate: Any = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normed, scaled and shifted rows of `x` `[b, n, c]`."""
+        return (1 + self.scale) * LayerNorm(affine=False)(x) + self.shift
+
+
 class MLPEmbedder(nn.Module):
     """Linear -> SiLU -> Linear, from a vector to the model width."""
 
     config: FluxConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = _linear(c, c.hidden_size, (None, "embed"), "in_layer")(x)
-        return _linear(c, c.hidden_size, (None, "embed"), "out_layer")(nn.silu(x))
+        width, dtypes = self.config.hidden_size, self.compute.dtypes
+        x = linear(width, (None, "embed"), name="in_layer", **dtypes)(x)
+        return linear(width, (None, "embed"), name="out_layer", **dtypes)(nn.silu(x))
 
 
-class Modulation(nn.Module):
-    """`parts` vectors `[b, 1, c]` (shift, scale, gate; in the double blocks twice) from the conditioning vector `[b, c]`."""
+class Modulate(nn.Module):
+    """The conditioning vector `[b, c]` -> `parts` `Modulation`s of `vectors` vectors each."""
 
     config: FluxConfig
+    compute: Compute
     parts: int
+    vectors: int = 3
 
     @nn.compact
-    def __call__(self, vec: jax.Array) -> list[jax.Array]:
-        c = self.config
-        out = _linear(c, (self.parts, c.hidden_size), ("embed", None, "mlp"), "lin")(nn.silu(vec))
-        return [out[:, None, p] for p in range(self.parts)]
+    def __call__(self, vec: jax.Array) -> list[Modulation]:
+        shape, axes = (self.parts * self.vectors, self.config.hidden_size), ("embed", None, "mlp")
+        out = linear(shape, axes, name="lin", **self.compute.dtypes)(nn.silu(vec))
+        each = [out[:, None, n] for n in range(shape[0])]
+        return [Modulation(*each[n : n + self.vectors]) for n in range(0, shape[0], self.vectors)]
 
 
 class QKV(nn.Module):
     """Queries and keys, RMS-normed per head, and values, each `[b, n, h, d]`."""
 
     config: FluxConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        c = self.config
-        axes = ("embed", None, "heads", "head_dim")
-        qkv = _linear(c, (3, c.num_heads, c.head_dim), axes, "qkv", use_bias=c.qkv_bias)(x)
+        c, p = self.config, self.compute
+        shape, axes = (3, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim")
+        qkv = linear(shape, axes, name="qkv", use_bias=c.qkv_bias, **p.dtypes)(x)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        return (
-            RMSNorm(param_dtype=c.param_dtype, name="query_norm")(q),
-            RMSNorm(param_dtype=c.param_dtype, name="key_norm")(k),
-            v,
-        )
+        q = RMSNorm(param_dtype=p.param_dtype, name="query_norm")(q)
+        k = RMSNorm(param_dtype=p.param_dtype, name="key_norm")(k)
+        return q, k, v
 
 
 class MLP(nn.Module):
     """Linear -> tanh GELU -> Linear."""
 
     config: FluxConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = constrain(_linear(c, c.mlp_dim, ("embed", "mlp"), "in_layer")(x), *WIDE)
-        return _linear(c, c.hidden_size, ("mlp", "embed"), "out_layer")(nn.gelu(x, approximate=True))
+        c, dtypes = self.config, self.compute.dtypes
+        x = constrain(linear(c.mlp_dim, ("embed", "mlp"), name="in_layer", **dtypes)(x), *WIDE)
+        return linear(c.hidden_size, ("mlp", "embed"), name="out_layer", **dtypes)(nn.gelu(x, approximate=True))
 
 
 class DoubleBlock(nn.Module):
     """Text rows and image rows with weights of their own, joined in attention only."""
 
     config: FluxConfig
+    compute: Compute
+    injection: Injection
 
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
-        c = self.config
+        c, p, how = self.config, self.compute, self.injection
         img, txt, found = state
-        img_mod = Modulation(c, 6, name="img_mod")(shared.vec)
-        txt_mod = Modulation(c, 6, name="txt_mod")(shared.vec)
-        img_qkv = QKV(c, name="img_attn")(_modulate(img, *img_mod[:2]))
-        txt_qkv = QKV(c, name="txt_attn")(_modulate(txt, *txt_mod[:2]))
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
+        img_mod1, img_mod2 = Modulate(c, p, 2, name="img_mod")(shared.vec)
+        txt_mod1, txt_mod2 = Modulate(c, p, 2, name="txt_mod")(shared.vec)
+        img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
+        txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
+        qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
+        heads, term, found = _attend(p, how, qkv, shared, prompt, found, text_rows=txt.shape[1])
+        (txt_heads, img_heads), (txt_term, img_term) = (_split(x, txt.shape[1]) for x in (heads, term))
 
-        attn, found = _attend(c, q, k, v, shared, prompt, found, text_rows=txt.shape[1])
-        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
-
-        img = img + img_mod[2] * _attn_out(c, "img_attn_proj")(img_attn)
-        txt = txt + txt_mod[2] * _attn_out(c, "txt_attn_proj")(txt_attn)
-        img = img + img_mod[5] * MLP(c, name="img_mlp")(_modulate(img, *img_mod[3:5]))
-        txt = txt + txt_mod[5] * MLP(c, name="txt_mlp")(_modulate(txt, *txt_mod[3:5]))
+        img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
+        txt = txt + txt_mod1.gate * _attn_out(c, p, "txt_attn_proj")(txt_heads)
+        img = img + img_mod2.gate * MLP(c, p, name="img_mlp")(img_mod2(img))
+        txt = txt + txt_mod2.gate * MLP(c, p, name="txt_mlp")(txt_mod2(txt))
+        img, txt = injection.after_block(how, img, img_term), injection.after_block(how, txt, txt_term)
         return (constrain(img, *ROWS), constrain(txt, *ROWS), found), None
 
 
@@ -234,20 +198,22 @@ class SingleBlock(nn.Module):
     """All rows in one stream; attention and MLP side by side. `text_rows` of them, at the front, are text."""
 
     config: FluxConfig
+    compute: Compute
+    injection: Injection
     text_rows: int
 
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
-        c = self.config
+        c, p, how = self.config, self.compute, self.injection
         rows, found = state
-        shift, scale, gate = Modulation(c, 3, name="modulation")(shared.vec)
-        x = _modulate(rows, shift, scale)
-        q, k, v = QKV(c, name="attn")(x)
-        attn, found = _attend(c, q, k, v, shared, prompt, found, text_rows=self.text_rows)
-        mlp = constrain(_linear(c, c.mlp_dim, ("embed", "mlp"), "mlp_in")(x), *WIDE)
-        mlp = _linear(c, c.hidden_size, ("mlp", "embed"), "mlp_out")(nn.gelu(mlp, approximate=True))
-        out = _attn_out(c, "attn_out", use_bias=False)(attn) + mlp
-        return (constrain(rows + gate * out, *ROWS), found), None
+        (mod,) = Modulate(c, p, 1, name="modulation")(shared.vec)
+        x = mod(rows)
+        heads, term, found = _attend(p, how, QKV(c, p, name="attn")(x), shared, prompt, found, self.text_rows)
+        mlp = constrain(linear(c.mlp_dim, ("embed", "mlp"), name="mlp_in", **p.dtypes)(x), *WIDE)
+        mlp = linear(c.hidden_size, ("mlp", "embed"), name="mlp_out", **p.dtypes)(nn.gelu(mlp, approximate=True))
+        out = _attn_out(c, p, "attn_out", use_bias=False)(heads) + mlp
+        rows = injection.after_block(how, rows + mod.gate * out, term)
+        return (constrain(rows, *ROWS), found), None
 
 
 class Flux(nn.Module):
@@ -268,6 +234,8 @@ class Flux(nn.Module):
     """
 
     config: FluxConfig
+    compute: Compute = Compute()
+    injection: Injection = Injection()
 
     @nn.compact
     def __call__(
@@ -282,38 +250,42 @@ class Flux(nn.Module):
         image_prompt: ImagePrompt | None = None,
         cache: StepCache | None = None,
     ) -> jax.Array | tuple[jax.Array, StepCache]:
-        c = self.config
+        c, p = self.config, self.compute
         if (guidance is not None) != c.guidance_embed:
             raise ValueError(
                 f"guidance must be {'given' if c.guidance_embed else 'None'}: guidance_embed is {c.guidance_embed}"
             )
-        double, single, region, words = _split_prompt(c, image_prompt, txt.shape[1])
-
-        vec = MLPEmbedder(c, name="time_in")(ops.timestep_embedding(timesteps, 256).astype(c.dtype))
-        if guidance is not None:
-            vec = vec + MLPEmbedder(c, name="guidance_in")(ops.timestep_embedding(guidance, 256).astype(c.dtype))
-        vec = vec + MLPEmbedder(c, name="vector_in")(pooled.astype(c.dtype))
-        img = constrain(_linear(c, c.hidden_size, (None, "embed"), "img_in")(img.astype(c.dtype)), *ROWS)
-        txt = constrain(_linear(c, c.hidden_size, (None, "embed"), "txt_in")(txt.astype(c.dtype)), *ROWS)
+        head = (c.num_heads, c.head_dim)
+        share = injection.shares(
+            image_prompt, c.depth, c.depth_single_blocks, head, jnp.asarray(img_ids), len(img), txt.shape[1]
+        )
+        vec = self._conditioning(timesteps, pooled, guidance)
+        img = constrain(linear(c.hidden_size, (None, "embed"), name="img_in", **p.dtypes)(img.astype(p.dtype)), *ROWS)
+        txt = constrain(linear(c.hidden_size, (None, "embed"), name="txt_in", **p.dtypes)(txt.astype(p.dtype)), *ROWS)
         ids_batch = max(txt_ids.shape[0], img_ids.shape[0])
         ids = [jnp.broadcast_to(x, (ids_batch, *x.shape[1:])) for x in (txt_ids, img_ids)]
-        rope = ops.rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta)
-        shared = Shared(vec, rope, region, words, None if words is None else ops.smoothing_matrix(jnp.asarray(img_ids)))
+        rope = rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta)
+        shared, state = Shared(vec, rope, share.places), (img, txt, share.found)
 
-        found = None
-        if words is not None:
-            found = Found(jnp.zeros((img.shape[0], words.shape[1], img.shape[1])), jnp.zeros(()))
+        def all_blocks(flux: Flux) -> jax.Array:
+            return _all_blocks(flux, state, shared, share)
 
-        state = (img, txt, found)
         if cache is None:
-            rows = _all_blocks(self, state, shared, double, single)
+            rows = all_blocks(self)
         else:
-            rows, cache = _cached_blocks(self, state, shared, double, single, cache)
+            rows, cache = cached(self, img, partial(_first_block, state, shared, share), all_blocks, cache)
 
-        shift, scale = Modulation(c, 2, name="final_modulation")(vec)
-        out = _linear(c, c.out_channels, ("embed", None), "final_linear")(_modulate(rows, shift, scale))
-        out = out.astype(jnp.float32)
+        (mod,) = Modulate(c, p, 1, vectors=2, name="final_modulation")(vec)
+        out = linear(c.out_channels, ("embed", None), name="final_linear", **p.dtypes)(mod(rows)).astype(jnp.float32)
         return out if cache is None else (out, cache)
+
+    def _conditioning(self, timesteps, pooled, guidance) -> jax.Array:
+        """The vector `[b, c]` by which all blocks are modulated."""
+        c, p = self.config, self.compute
+        vec = MLPEmbedder(c, p, name="time_in")(timestep_embedding(timesteps, 256).astype(p.dtype))
+        if guidance is not None:
+            vec = vec + MLPEmbedder(c, p, name="guidance_in")(timestep_embedding(guidance, 256).astype(p.dtype))
+        return vec + MLPEmbedder(c, p, name="vector_in")(pooled.astype(p.dtype))
 
     @staticmethod
     def inputs_spec(
@@ -333,121 +305,56 @@ class Flux(nn.Module):
 
 
 def _double_blocks(flux: Flux, depth: int, state, shared: Shared, prompt: BlockPrompt | None):
-    blocks = scanned(DoubleBlock, depth, remat=flux.config.remat, in_axes=(nn.broadcast, 0))
-    return blocks(flux.config, name="double_blocks")(state, shared, prompt)[0]
+    blocks = scanned(DoubleBlock, depth, remat=flux.compute.remat, in_axes=(nn.broadcast, 0))
+    return blocks(flux.config, flux.compute, flux.injection, name="double_blocks")(state, shared, prompt)[0]
 
 
-def _all_blocks(flux: Flux, state, shared: Shared, double: BlockPrompt | None, single: BlockPrompt | None) -> jax.Array:
+def _all_blocks(flux: Flux, state, shared: Shared, share: Shares) -> jax.Array:
     """Image rows `[b, i, c]` after all blocks."""
-    c = flux.config
-    img, txt, found = _double_blocks(flux, c.depth, state, shared, double)
+    c, p = flux.config, flux.compute
+    img, txt, found = _double_blocks(flux, c.depth, state, shared, share.double)
     text_rows = txt.shape[1]
-    blocks = scanned(SingleBlock, c.depth_single_blocks, remat=c.remat, in_axes=(nn.broadcast, 0))
+    blocks = scanned(SingleBlock, c.depth_single_blocks, remat=p.remat, in_axes=(nn.broadcast, 0))
     rows = jnp.concatenate([txt, img], axis=1)
-    (rows, _), _ = blocks(c, text_rows, name="single_blocks")((rows, found), shared, single)
+    (rows, _), _ = blocks(c, p, flux.injection, text_rows, name="single_blocks")((rows, found), shared, share.single)
     return rows[:, text_rows:]
 
 
-def _cached_blocks(
-    flux: Flux, state, shared: Shared, double: BlockPrompt | None, single: BlockPrompt | None, cache: StepCache
-) -> tuple[jax.Array, StepCache]:
-    """Image rows after all blocks, or after the first with what the others added before; and the cache that follows."""
+def _first_block(state, shared: Shared, share: Shares, flux: Flux) -> jax.Array:
+    """Image rows `[b, i, c]` after the first block alone."""
 
     def first_of(tree):
         return jax.tree.map(lambda x: x[:1], tree)
-
-    def first_block(flux: Flux) -> jax.Array:
-        return _double_blocks(flux, 1, state, shared, first_of(double))[0]
 
     def slim(variables):
         params = variables["params"]
         return {"params": {**params, "double_blocks": first_of(params["double_blocks"])}}
 
-    after = nn.map_variables(first_block, "params", trans_in_fn=slim)(flux)
-    first = after - state[0]
+    def run(flux: Flux) -> jax.Array:
+        return _double_blocks(flux, 1, state, shared, first_of(share.double))[0]
 
-    def size(x):
-        return jnp.mean(jnp.abs(x.astype(jnp.float32)))
-
-    def reuse(flux: Flux) -> tuple[jax.Array, StepCache]:
-        return after + cache.rest, cache._replace(reused=cache.reused + 1)
-
-    def run(flux: Flux) -> tuple[jax.Array, StepCache]:
-        rows = _all_blocks(flux, state, shared, double, single)
-        return rows, cache._replace(first=first, rest=rows - after)
-
-    return nn.cond(size(first - cache.first) <= cache.threshold * size(cache.first), reuse, run, flux)
-
-
-def _linear(c: FluxConfig, features, axes, name: str, use_bias: bool = True) -> nn.DenseGeneral:
-    return linear(features, axes, name=name, use_bias=use_bias, dtype=c.dtype, param_dtype=c.param_dtype)
-
-
-def _attn_out(c: FluxConfig, name: str, use_bias: bool = True) -> nn.DenseGeneral:
-    """The projection of attention heads `[b, n, h, d]` back to the model width."""
-    axes = ("heads", "head_dim", "embed")
-    return linear(
-        c.hidden_size, axes, name=name, axis=(-2, -1), use_bias=use_bias, dtype=c.dtype, param_dtype=c.param_dtype
-    )
-
-
-def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    return (1 + scale) * LayerNorm(affine=False)(x) + shift
+    return nn.map_variables(run, "params", trans_in_fn=slim)(flux)
 
 
 def _attend(
-    c: FluxConfig, q, k, v, shared: Shared, prompt: BlockPrompt | None, found: Found | None, text_rows: int
-) -> tuple[jax.Array, Found | None]:
-    """Joint attention with RoPE, plus the reference term (docs/method.md, "Injection"), whose keys stand at position 0; and
-    `found` with what this block adds to it."""
-    q, k, v = (constrain(x, *HEADS) for x in (q, k, v))
-    rotated, keys = ops.apply_rope(q, shared.rope), ops.apply_rope(k, shared.rope)
-    attn = ops.attention(rotated, keys, v, kernel=c.attention)
-    if prompt is None:
-        return attn, found
-    b, n = q.shape[:2]
-    region = shared.region
-    if found is not None and shared.words is not None and shared.smoothing is not None:
-        scores = ops.word_scores(
-            rotated[:, text_rows:], keys[:, :text_rows], shared.words, shared.smoothing, c.attention
-        )
-        found = Found(found.scores + scores, found.blocks + 1)
-        region = ops.auto_region(found.scores / found.blocks, c.region_sharpness)
-    gain = jnp.concatenate(
-        [
-            ops.row_gain(prompt.text_gain, None, b, text_rows),
-            ops.row_gain(prompt.image_gain, region, b, n - text_rows),
-        ],
-        axis=1,
-    )
-    query = rotated if c.reference_query == "after_rope" else q
-    return attn + ops.reference_attention(query, prompt.kv, gain, c.reference_merge, c.attention), found
+    p: Compute, how: Injection, qkv, shared: Shared, prompt: BlockPrompt | None, found: Found | None, text_rows: int
+) -> tuple[jax.Array, jax.Array | None, Found | None]:
+    """Heads `[b, n, h, d]` of the joint attention with RoPE, with the reference term where it is added there; the term itself, whose
+    keys stand at position 0; and `found` with what this block adds to it."""
+    q, k, v = (constrain(x, *HEADS) for x in qkv)
+    rotated, keys = apply_rope(q, shared.rope), apply_rope(k, shared.rope)
+    heads = attention(rotated, keys, v, kernel=p.attention)
+    rows = injection.Rows(q, rotated, keys, text_rows)
+    term, found = injection.reference_term(how, p.attention, rows, prompt, shared.places, found)
+    return injection.before_projection(how, heads, term), term, found
 
 
-def _split_prompt(c: FluxConfig, prompt: ImagePrompt | None, text_rows: int):
-    """The prompt's shares of the double and of the single blocks (stacked `BlockPrompt`s or None), its regions, its words."""
-    if prompt is None:
-        return None, None, None, None
-    for kind, kv, depth in (("double", prompt.double, c.depth), ("single", prompt.single, c.depth_single_blocks)):
-        if kv is not None and (kv.k.shape[0], *kv.k.shape[-2:]) != (depth, c.num_heads, c.head_dim):
-            raise ValueError(
-                f"image prompt for {kind} blocks: blocks, heads, head size {(kv.k.shape[0], *kv.k.shape[-2:])}; "
-                f"this transformer has {(depth, c.num_heads, c.head_dim)}: the adapter was made for another base"
-            )
-    injected = c.depth + (0 if prompt.single is None else c.depth_single_blocks)
-    if prompt.image_gain.shape[0] != injected or prompt.text_gain.shape[0] != injected:
-        raise ValueError(f"image prompt: gains for {prompt.image_gain.shape[0]} blocks, expected {injected}")
-    double = BlockPrompt(prompt.double, prompt.image_gain[: c.depth], prompt.text_gain[: c.depth])
-    single = None
-    if prompt.single is not None:
-        single = BlockPrompt(prompt.single, prompt.image_gain[c.depth :], prompt.text_gain[c.depth :])
-    words = prompt.words
-    if words is not None:
-        if prompt.region is not None:
-            raise ValueError("image prompt: has both regions and words; expected one of them at most")
-        if words.shape[-2:] != (prompt.image_gain.shape[-1], text_rows):
-            expected = (prompt.image_gain.shape[-1], text_rows)
-            raise ValueError(f"image prompt: words for subjects, text rows {words.shape[-2:]}; expected {expected}")
-        if words.shape[-2] == 1:
-            words = None  # one subject has every row to itself
-    return double, single, prompt.region, words
+def _split(x: jax.Array | None, text_rows: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Text rows and image rows of `[b, n, h, d]`."""
+    return (None, None) if x is None else (x[:, :text_rows], x[:, text_rows:])
+
+
+def _attn_out(c: FluxConfig, p: Compute, name: str, use_bias: bool = True) -> nn.DenseGeneral:
+    """The projection of attention heads `[b, n, h, d]` back to the model width."""
+    axes = ("heads", "head_dim", "embed")
+    return linear(c.hidden_size, axes, name=name, axis=(-2, -1), use_bias=use_bias, **p.dtypes)

@@ -7,23 +7,16 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.layers.basic import REMAT_POLICIES
-from dynaip_jax.layers.kernels import KERNELS
-
-OURS = ("dtype", "param_dtype", "remat", "attention")  # a config.json's own `dtype` says how its weights were saved
 
 Config = TypeVar("Config")
 
 
 def check_config(config: Any, *sizes: str) -> None:
-    """Raises `ValueError` unless the fields `sizes` are whole numbers above 0, and `remat` and `attention` known."""
+    """Raises `ValueError` unless the fields `sizes` are whole numbers above 0."""
     for name in sizes:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} {value!r}: expected a whole number above 0")
-    for name, known in (("remat", tuple(REMAT_POLICIES)), ("attention", KERNELS)):
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} {getattr(config, name)!r}: expected one of {known}")
 
 
 def config_from_hf(
@@ -38,7 +31,7 @@ def config_from_hf(
         if name in hf and hf[name] not in values:
             expected = " or ".join(map(repr, values))
             raise UserError(f"{name} {hf[name]!r}: expected {expected}; use a checkpoint of that kind")
-    names = {f.name for f in dataclasses.fields(cls)} - set(OURS)  # type: ignore[arg-type]
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     try:
         return cls(**{**{k: v for k, v in hf.items() if k in names}, **changes})
     except ValueError as e:

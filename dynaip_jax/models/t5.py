@@ -17,19 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import RMSNorm, embedding, linear, scanned
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.hf import check_config, config_from_hf
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of the encoder, in transformers' field names and with its defaults, and how it is computed.
-
-    `remat`: a key of `layers.REMAT_POLICIES`; `attention`: one of `kernels.KERNELS`; `dtype`: matrix products and the
-    output; `param_dtype`: the parameters that `init` makes. Raises `ValueError` for sizes that do not fit.
-    """
+    """Sizes of the encoder, in transformers' field names and with its defaults. Raises `ValueError` for sizes that do not fit."""
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -40,10 +37,6 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    attention: str = "auto"
 
     def __post_init__(self):
         buckets, distance = "relative_attention_num_buckets", "relative_attention_max_distance"
@@ -95,44 +88,46 @@ class T5Block(nn.Module):
     """Self-attention, then the gated MLP, each on the normed residual stream `x` `[b, t, c]` (float32)."""
 
     config: T5Config
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array):
-        c = self.config
-        h = _norm(c, "attn_norm")(x)
+        c, p = self.config, self.compute
+        h = _norm(c, p, "attn_norm")(x)
         heads, axes = (c.num_heads, c.d_kv), ("embed", "heads", "head_dim")
-        q, k, v = (constrain(_linear(c, heads, axes, name)(h), *HEADS) for name in "qkv")
-        attn = ops.attention(q, k, v, bias=bias, scale=1.0, kernel=c.attention)
-        x = x + _linear(c, c.d_model, ("heads", "head_dim", "embed"), "o", axis=(-2, -1))(attn)
+        q, k, v = (constrain(_linear(p, heads, axes, name)(h), *HEADS) for name in "qkv")
+        attn = attention(q, k, v, bias=bias, scale=1.0, kernel=p.attention)
+        x = x + _linear(p, c.d_model, ("heads", "head_dim", "embed"), "o", axis=(-2, -1))(attn)
 
-        h = _norm(c, "mlp_norm")(x)
-        gate, h = (constrain(_linear(c, c.d_ff, ("embed", "mlp"), name)(h), *WIDE) for name in ("wi_0", "wi_1"))
+        h = _norm(c, p, "mlp_norm")(x)
+        gate, h = (constrain(_linear(p, c.d_ff, ("embed", "mlp"), name)(h), *WIDE) for name in ("wi_0", "wi_1"))
         h = nn.gelu(gate, approximate=True) * h
-        wide = jnp.float32 if c.dtype == jnp.float16 else c.dtype  # this product outgrows float16 in T5-XXL
-        return constrain(x + _linear(c, c.d_model, ("mlp", "embed"), "wo", dtype=wide)(h), *ROWS), None
+        wide = jnp.float32 if p.dtype == jnp.float16 else p.dtype  # this product outgrows float16 in T5-XXL
+        return constrain(x + _linear(p, c.d_model, ("mlp", "embed"), "wo", dtype=wide)(h), *ROWS), None
 
 
 class T5Encoder(nn.Module):
-    """Token ids `input_ids` int `[b, t]` -> states `[b, t, d_model]` in `config.dtype`, after the final norm.
+    """Token ids `input_ids` int `[b, t]` -> states `[b, t, d_model]` in `compute.dtype`, after the final norm.
 
     There is no mask: padding is read like any token, as FLUX was trained. Any length `t` is taken.
     """
 
     config: T5Config
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, input_ids: jax.Array) -> jax.Array:
-        c = self.config
-        x = embedding(c.vocab_size, c.d_model, name="shared", dtype=c.dtype, param_dtype=c.param_dtype)(input_ids)
+        c, p = self.config, self.compute
+        x = embedding(c.vocab_size, c.d_model, name="shared", **p.dtypes)(input_ids)
         init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "heads"))
         shape = (c.relative_attention_num_buckets, c.num_heads)
-        table = self.param("relative_attention_bias", init, shape, c.param_dtype)
+        table = self.param("relative_attention_bias", init, shape, p.param_dtype)
         rows = relative_position_bucket(input_ids.shape[1], shape[0], c.relative_attention_max_distance)
         bias = jnp.moveaxis(table.astype(jnp.float32)[rows], -1, 0)[None]
 
-        blocks = scanned(T5Block, c.num_layers, remat=c.remat, in_axes=(nn.broadcast,))
-        x, _ = blocks(c, name="blocks")(x.astype(jnp.float32), bias)
-        return _norm(c, "final_norm")(x).astype(c.dtype)
+        blocks = scanned(T5Block, c.num_layers, remat=p.remat, in_axes=(nn.broadcast,))
+        x, _ = blocks(c, p, name="blocks")(x.astype(jnp.float32), bias)
+        return _norm(c, p, "final_norm")(x).astype(p.dtype)
 
     @staticmethod
     def inputs_spec(config: T5Config, batch: int = 1, text_rows: int = 8) -> dict[str, jax.ShapeDtypeStruct]:
@@ -140,10 +135,10 @@ class T5Encoder(nn.Module):
         return dict(input_ids=jax.ShapeDtypeStruct((batch, text_rows), jnp.int32))
 
 
-def _norm(c: T5Config, name: str) -> RMSNorm:
-    return RMSNorm(eps=c.layer_norm_epsilon, axis_name="embed", param_dtype=c.param_dtype, name=name)
+def _norm(c: T5Config, p: Compute, name: str) -> RMSNorm:
+    return RMSNorm(eps=c.layer_norm_epsilon, axis_name="embed", param_dtype=p.param_dtype, name=name)
 
 
-def _linear(c: T5Config, features, axes, name: str, axis=-1, dtype: DTypeLike | None = None) -> nn.DenseGeneral:
-    dtype = c.dtype if dtype is None else dtype
-    return linear(features, axes, name=name, axis=axis, use_bias=False, dtype=dtype, param_dtype=c.param_dtype)
+def _linear(p: Compute, features, axes, name: str, axis=-1, dtype: DTypeLike | None = None) -> nn.DenseGeneral:
+    dtype = p.dtype if dtype is None else dtype
+    return linear(features, axes, name=name, axis=axis, use_bias=False, dtype=dtype, param_dtype=p.param_dtype)

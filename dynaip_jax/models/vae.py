@@ -16,10 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from dynaip_jax.layers import attention as ops
-from dynaip_jax.layers.basic import REMAT_POLICIES, linear
+from dynaip_jax.layers.attention import attention
+from dynaip_jax.layers.basic import linear
+from dynaip_jax.layers.compute import REMAT_POLICIES, Compute
 from dynaip_jax.runtime.sharding import PICTURES, constrain
 
 NORM_GROUPS = 32
@@ -28,12 +28,11 @@ REMAT = ("none", "full")  # saving matrix products would save nothing here: the 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the autoencoder, in BFL's field names, and how it is computed.
+    """Sizes of the autoencoder, in BFL's field names.
 
     `resolution`: side in pixels of the picture that `VAE.inputs_spec` describes; any multiple of `downsample` can be
     encoded. `ch` channels at the finest level, times `ch_mult` at each level; `num_res_blocks` a level, one more in the
-    decoder. `remat`: "full" recomputes each residual block in the backward pass; `dtype`: activations and products;
-    `param_dtype`: the parameters that `init` makes. Raises `ValueError` for sizes that do not fit each other.
+    decoder. Raises `ValueError` for sizes that do not fit each other.
     """
 
     resolution: int = 256
@@ -45,9 +44,6 @@ class VAEConfig:
     z_channels: int = 16
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
 
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
@@ -64,8 +60,6 @@ class VAEConfig:
                 raise ValueError(f"{field} {getattr(self, field)}: expected at least 1")
         if not self.scale_factor:
             raise ValueError(f"scale_factor {self.scale_factor}: expected a number other than 0")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r}: expected one of {REMAT}")
 
     @property
     def downsample(self) -> int:
@@ -93,14 +87,15 @@ class ResnetBlock(nn.Module):
     c changes."""
 
     config: VAEConfig
+    compute: Compute
     width: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        h = constrain(_conv(c, self.width, 3, "conv1")(nn.silu(_norm(c, "norm1")(x))), *PICTURES)
-        h = _conv(c, self.width, 3, "conv2")(nn.silu(_norm(c, "norm2")(h)))
-        x = x if x.shape[-1] == self.width else _conv(c, self.width, 1, "nin_shortcut")(x)
+        p = self.compute
+        h = constrain(_conv(p, self.width, 3, "conv1")(nn.silu(_norm(p, "norm1")(x))), *PICTURES)
+        h = _conv(p, self.width, 3, "conv2")(nn.silu(_norm(p, "norm2")(h)))
+        x = x if x.shape[-1] == self.width else _conv(p, self.width, 1, "nin_shortcut")(x)
         return constrain(x + h, *PICTURES)
 
 
@@ -108,18 +103,19 @@ class AttentionBlock(nn.Module):
     """x + attention over all pixels of `[b, h, w, c]`, with one head as wide as the picture has channels."""
 
     config: VAEConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
+        p = self.compute
         b, h, w, width = x.shape
 
         def project(name: str) -> nn.DenseGeneral:
-            return linear(width, ("conv_in", "conv_out"), name=name, dtype=c.dtype, param_dtype=c.param_dtype)
+            return linear(width, ("conv_in", "conv_out"), name=name, **p.dtypes)
 
-        rows = _norm(c, "norm")(x).reshape(b, h * w, width)
+        rows = _norm(p, "norm")(x).reshape(b, h * w, width)
         q, k, v = (project(name)(rows)[:, :, None] for name in ("q", "k", "v"))
-        out = ops.attention(q, k, v)[:, :, 0]
+        out = attention(q, k, v)[:, :, 0]
         return x + project("proj_out")(out).reshape(x.shape)
 
 
@@ -127,19 +123,20 @@ class Level(nn.Module):
     """`blocks` residual blocks at one size, then half the size ("downsample"), twice it ("upsample") or itself."""
 
     config: VAEConfig
+    compute: Compute
     width: int
     blocks: int
     resample: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
+        c, p = self.config, self.compute
         for n in range(self.blocks):
-            x = _resnet(c, self.width, f"block_{n}")(x)
+            x = _resnet(c, p, self.width, f"block_{n}")(x)
         if self.resample == "downsample":
-            x = _conv(c, self.width, 3, "downsample", strides=2, padding=((0, 1), (0, 1)))(x)
+            x = _conv(p, self.width, 3, "downsample", strides=2, padding=((0, 1), (0, 1)))(x)
         elif self.resample == "upsample":
-            x = _conv(c, self.width, 3, "upsample")(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+            x = _conv(p, self.width, 3, "upsample")(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
         return constrain(x, *PICTURES)
 
 
@@ -147,54 +144,63 @@ class Mid(nn.Module):
     """Residual block, attention, residual block at the coarsest size."""
 
     config: VAEConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = _resnet(c, x.shape[-1], "block_1")(x)
-        x = AttentionBlock(c, name="attn_1")(x)
-        return _resnet(c, x.shape[-1], "block_2")(x)
+        c, p = self.config, self.compute
+        x = _resnet(c, p, x.shape[-1], "block_1")(x)
+        x = AttentionBlock(c, p, name="attn_1")(x)
+        return _resnet(c, p, x.shape[-1], "block_2")(x)
 
 
 class Encoder(nn.Module):
     """Pictures `[b, H, W, in_channels]` -> moments `[b, h, w, 2z]`."""
 
     config: VAEConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = constrain(_conv(c, c.ch, 3, "conv_in")(x), *PICTURES)
+        c, p = self.config, self.compute
+        x = constrain(_conv(p, c.ch, 3, "conv_in")(x), *PICTURES)
         for i, width in enumerate(c.widths):
             resample = "downsample" if i < len(c.widths) - 1 else None
-            x = Level(c, width, c.num_res_blocks, resample, name=f"down_{i}")(x)
-        x = Mid(c, name="mid")(x)
-        return _conv(c, 2 * c.z_channels, 3, "conv_out")(nn.silu(_norm(c, "norm_out")(x)))
+            x = Level(c, p, width, c.num_res_blocks, resample, name=f"down_{i}")(x)
+        x = Mid(c, p, name="mid")(x)
+        return _conv(p, 2 * c.z_channels, 3, "conv_out")(nn.silu(_norm(p, "norm_out")(x)))
 
 
 class Decoder(nn.Module):
     """Unscaled latents `[b, h, w, z]` -> pictures `[b, H, W, out_ch]`. `up_0` is the finest level, as in BFL's file."""
 
     config: VAEConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = constrain(_conv(c, c.widths[-1], 3, "conv_in")(x), *PICTURES)
-        x = Mid(c, name="mid")(x)
+        c, p = self.config, self.compute
+        x = constrain(_conv(p, c.widths[-1], 3, "conv_in")(x), *PICTURES)
+        x = Mid(c, p, name="mid")(x)
         for i, width in reversed(list(enumerate(c.widths))):
-            x = Level(c, width, c.num_res_blocks + 1, "upsample" if i else None, name=f"up_{i}")(x)
-        return _conv(c, c.out_ch, 3, "conv_out")(nn.silu(_norm(c, "norm_out")(x)))
+            x = Level(c, p, width, c.num_res_blocks + 1, "upsample" if i else None, name=f"up_{i}")(x)
+        return _conv(p, c.out_ch, 3, "conv_out")(nn.silu(_norm(p, "norm_out")(x)))
 
 
 class VAE(nn.Module):
-    """The autoencoder: `apply(..., method="encode" | "latents" | "decode")`; `__call__` is the three in turn."""
+    """The autoencoder: `apply(..., method="encode" | "latents" | "decode")`; `__call__` is the three in turn.
+
+    `compute.remat` "full" recomputes each residual block in the backward pass; `ValueError` for "dots".
+    """
 
     config: VAEConfig
+    compute: Compute = Compute()
 
     def setup(self):
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
+        if self.compute.remat not in REMAT:
+            raise ValueError(f"remat {self.compute.remat!r}: expected one of {REMAT}")
+        self.encoder = Encoder(self.config, self.compute)
+        self.decoder = Decoder(self.config, self.compute)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """The reconstruction `[b, H, W, out_ch]` of `images` from the mean of their latents."""
@@ -232,13 +238,13 @@ class VAE(nn.Module):
         return dict(images=jax.ShapeDtypeStruct((batch, side, side, config.in_channels), jnp.float32))
 
 
-def _resnet(c: VAEConfig, width: int, name: str) -> nn.Module:
-    block = ResnetBlock if c.remat == "none" else nn.remat(ResnetBlock, policy=REMAT_POLICIES[c.remat])
-    return block(c, width, name=name)
+def _resnet(c: VAEConfig, p: Compute, width: int, name: str) -> nn.Module:
+    block = ResnetBlock if p.remat == "none" else nn.remat(ResnetBlock, policy=REMAT_POLICIES[p.remat])
+    return block(c, p, width, name=name)
 
 
 def _conv(
-    c: VAEConfig,
+    p: Compute,
     width: int,
     size: int,
     name: str,
@@ -251,8 +257,7 @@ def _conv(
         (size, size),
         strides=strides,
         padding=padding,
-        dtype=c.dtype,
-        param_dtype=c.param_dtype,
+        **p.dtypes,
         kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "conv_in", "conv_out")),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
         conv_general_dilated=_with_whole_kernel,
@@ -265,14 +270,13 @@ def _with_whole_kernel(x: jax.Array, kernel: jax.Array, *args: Any, **options: A
     return jax.lax.conv_general_dilated(x, constrain(kernel, *[None] * kernel.ndim), *args, **options)
 
 
-def _norm(c: VAEConfig, name: str) -> nn.GroupNorm:
+def _norm(p: Compute, name: str) -> nn.GroupNorm:
     """GroupNorm, eps 1e-6; mean and variance in float32, the variance in two passes."""
     return nn.GroupNorm(
         NORM_GROUPS,
         epsilon=1e-6,
         use_fast_variance=False,
-        dtype=c.dtype,
-        param_dtype=c.param_dtype,
+        **p.dtypes,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
         name=name,

@@ -7,7 +7,8 @@ import pytest
 
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
 from dynaip_jax.adapters.hmoe import Expert, HMoE, HMoEConfig
-from dynaip_jax.models.flux import Flux, FluxConfig
+from dynaip_jax.models.flux import Flux
+from dynaip_jax.testing import tiny_family
 
 TINY = HMoEConfig(clip_width=12, levels=(1, 2, 3), expert_width=24, width=16, resampler_heads=2)
 FEATURES = [jax.random.normal(jax.random.key(i), (2, 5, 12)) for i in range(3)]
@@ -95,7 +96,7 @@ def test_bad_settings_are_refused_in_words():
         HMoE(TINY).init(jax.random.key(0), [f[..., :6] for f in FEATURES])
 
 
-BASE = FluxConfig.tiny()
+BASE = tiny_family().sites
 SUBJECTS = [jnp.stack([f, jnp.sin(f), -f], axis=1) for f in FEATURES]  # [b=2, s=3, m, c]
 
 
@@ -107,7 +108,7 @@ def test_bank_shapes_gains_and_a_fresh_adapter(blocks, injected):
         {"params": params}, SUBJECTS, image_gain=jnp.array([1.0, 0.5, 0.0]), text_gain=0.25
     )
     assert weights.shape == (2, 3, 3)
-    assert prompt.double.k.shape == (2, 2, 3, 5, BASE.num_heads, BASE.head_dim)
+    assert prompt.double.k.shape == (2, 2, 3, 5, BASE.heads, BASE.head_dim)
     assert (prompt.single is None) == (blocks == "double")
     np.testing.assert_array_equal(prompt.image_gain, np.broadcast_to([1.0, 0.5, 0.0], (injected, 2, 3)))
     np.testing.assert_array_equal(prompt.text_gain, np.full((injected, 2, 3), 0.25))

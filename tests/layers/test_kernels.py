@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.layers import attention as ops
 from dynaip_jax.layers import kernels
+from dynaip_jax.layers.attention import attention
 
 NAMES = ("query", "key", "value")
 
@@ -86,7 +86,7 @@ def test_auto_takes_what_fits(monkeypatch, platform, d, dtype, rows, chosen):
 def test_a_kernel_that_does_not_fit(monkeypatch, platform, kernel, d, message):
     monkeypatch.setattr(kernels, "platform", lambda: platform)
     with pytest.raises(UserError, match=message):
-        ops.attention(*arrays(8, 8, d), kernel=kernel)
+        attention(*arrays(8, 8, d), kernel=kernel)
 
 
 def test_the_command_says_so(dynaip, tmp_path):

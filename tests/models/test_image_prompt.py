@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynaip_jax.layers import attention as ops
+from dynaip_jax.choices import MERGES, QUERIES
+from dynaip_jax.layers import injection, regions
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.layers.injection import BlockPrompt, Injection, Places
+from dynaip_jax.layers.packing import image_ids
+from dynaip_jax.layers.positions import apply_rope, rope_table
+from dynaip_jax.layers.regions import Found
 from dynaip_jax.models import flux
-from dynaip_jax.models.flux import BlockPrompt, DoubleBlock, Flux, FluxConfig, Found, Shared, SingleBlock
-from dynaip_jax.types import KV, MERGES, QUERIES, ImagePrompt
+from dynaip_jax.models.flux import DoubleBlock, Flux, FluxConfig, Shared, SingleBlock
+from dynaip_jax.types import KV, ImagePrompt
 
 CONFIG = FluxConfig.tiny()
 B, S, M, T, I = 2, 2, 5, 8, 16  # noqa: E741  (the axis letters)
@@ -50,7 +56,7 @@ class Model(NamedTuple):
 @pytest.fixture(scope="module")
 def model():
     inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(CONFIG, B, I, T).items())}
-    inputs |= dict(img_ids=ops.image_ids(8, 8), txt_ids=jnp.zeros((1, T, 3)), timesteps=jnp.array([0.3, 0.8]))
+    inputs |= dict(img_ids=image_ids(8, 8), txt_ids=jnp.zeros((1, T, 3)), timesteps=jnp.array([0.3, 0.8]))
     params = Flux(CONFIG).init(jax.random.key(0), **inputs)
     return Model(params, inputs, jax.jit(Flux(CONFIG).apply))
 
@@ -83,7 +89,7 @@ def test_every_parameter_has_logical_axes():
 
 def block_run(block, rows, prompt):
     shared = Shared(
-        normal(1, B, CONFIG.hidden_size), ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), None
+        normal(1, B, CONFIG.hidden_size), rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), Places(None)
     )
     params = block.init(jax.random.key(0), rows, shared, None)
     return jax.jit(lambda p: block.apply(params, rows, shared, p)[0])(prompt)
@@ -96,13 +102,15 @@ def test_each_gain_reaches_its_own_branch_only(kind, branch):
     if kind == "double":
 
         def run(p):
-            image, text, _ = block_run(DoubleBlock(CONFIG), (img, txt, None), p)
+            image, text, _ = block_run(DoubleBlock(CONFIG, Compute(), Injection()), (img, txt, None), p)
             return dict(image=image, text=text)
 
     else:
 
         def run(p):
-            rows, _ = block_run(SingleBlock(CONFIG, T), (jnp.concatenate([txt, img], axis=1), None), p)
+            rows, _ = block_run(
+                SingleBlock(CONFIG, Compute(), Injection(), T), (jnp.concatenate([txt, img], axis=1), None), p
+            )
             return dict(text=rows[:, :T], image=rows[:, T:])
 
     bank = KV(*(x[0] for x in kv(1)))
@@ -129,14 +137,14 @@ def naive_reference_term(q, bank, gain, merge="sum"):
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("query", QUERIES)
 def test_injected_term_is_the_equation(query, merge):
-    config = FluxConfig.tiny(reference_query=query, reference_merge=merge)
+    how = Injection(query=query, merge=merge)
     q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
-    rope = ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000)
+    rope = rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000)
     bank = KV(*(x[0] for x in kv(1)))
     region = jax.random.uniform(jax.random.key(9), (B, S, I))
     prompt = BlockPrompt(bank, jnp.array([[1.0, 0.5], [2.0, 0.0]]), jnp.array([[0.0, 0.3], [0.1, 0.0]]))
-    shared = Shared(q[:, 0, 0], rope, region)
-    on, off = (flux._attend(config, q, k, v, shared, p, None, T)[0] for p in (prompt, None))
+    shared = Shared(q[:, 0, 0], rope, Places(region))
+    on, off = (flux._attend(Compute(), how, (q, k, v), shared, p, None, T)[0] for p in (prompt, None))
     term = on - off
     gain = np.concatenate(
         [
@@ -145,36 +153,75 @@ def test_injected_term_is_the_equation(query, merge):
         ],
         axis=1,
     )
-    used = ops.apply_rope(q, rope) if query == "after_rope" else q
+    used = apply_rope(q, rope) if query == "after_rope" else q
     np.testing.assert_allclose(term, naive_reference_term(used, bank, gain, merge), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_residual_site_adds_the_ungated_heads_after_the_block(kind):
+    """XLabs' place: a hand-made bank whose keys are alike gives every row the mean of its values, past projection, gate and MLP."""
+    txt, img = normal(3, B, T, CONFIG.hidden_size), normal(4, B, I, CONFIG.hidden_size)
+    values = normal(5, B, 1, M, CONFIG.num_heads, CONFIG.head_dim)
+    prompt = BlockPrompt(KV(jnp.zeros_like(values), values), jnp.full((B, 1), 0.7), jnp.zeros((B, 1)))
+    how = Injection(site="residual")
+    if kind == "double":
+        run = lambda p: block_run(DoubleBlock(CONFIG, Compute(), how), (img, txt, None), p)[:2]  # noqa: E731
+    else:
+        rows = jnp.concatenate([txt, img], axis=1)
+        run = lambda p: jnp.split(block_run(SingleBlock(CONFIG, Compute(), how, T), (rows, None), p)[0], [T], 1)[::-1]  # noqa: E731
+    (image, text), (image_off, text_off) = run(prompt), run(None)
+    added = 0.7 * np.mean(values, axis=2).reshape(B, 1, CONFIG.hidden_size)
+    np.testing.assert_allclose(image - image_off, np.broadcast_to(added, image.shape), atol=1e-5)
+    np.testing.assert_array_equal(text, text_off)
+
+
+def test_residual_site_through_the_whole_transformer(model):
+    """Through the whole transformer: it acts, otherwise than before the projection, and without gain not at all."""
+    residual = Flux(CONFIG, injection=Injection(site="residual"))
+    run = lambda p: np.asarray(residual.apply(model.params, **model.inputs, image_prompt=p))  # noqa: E731
+    np.testing.assert_array_equal(run(image_prompt(0.0)), run(None))
+    acting = run(image_prompt(1.0))
+    assert np.abs(acting - model()).max() > 1e-3 and np.abs(acting - model(image_prompt(1.0))).max() > 1e-3
+
+
+def test_full_size_forward_with_an_image_prompt():
+    """Shapes of FLUX.1-dev at 1024 pixels with a bank for all blocks; nothing is allocated."""
+    config, shape = FluxConfig.dev(), jax.ShapeDtypeStruct
+    spec = Flux.inputs_spec(config, batch=1, image_rows=4096, text_rows=512)
+    kv = lambda depth: KV(*[shape((depth, 1, 1, 257, 24, 128), jnp.bfloat16)] * 2)  # noqa: E731
+    gain = shape((57, 1, 1), jnp.float32)
+    prompt = ImagePrompt(kv(19), kv(38), gain, gain, None)
+    params = jax.eval_shape(Flux(config).init, jax.random.key(0), **spec)
+    out = jax.eval_shape(lambda v, p, x: Flux(config).apply(v, **x, image_prompt=p), params, prompt, spec)
+    assert out.shape == (1, 4096, 64) and out.dtype == jnp.float32
 
 
 def test_one_subject_is_the_same_summed_or_concatenated():
     q, bank = normal(0, B, I, CONFIG.num_heads, CONFIG.head_dim), KV(*(x[0] for x in kv(1)))
-    gain = ops.row_gain(jnp.full((B, S), 0.7), None, B, I)
+    gain = injection.row_gain(jnp.full((B, S), 0.7), None, B, I)
     one = KV(bank.k[:, :1], bank.v[:, :1])
-    total, joint = (np.asarray(ops.reference_attention(q, one, gain[..., :1], merge)) for merge in MERGES)
+    total, joint = (np.asarray(injection.reference_attention(q, one, gain[..., :1], merge)) for merge in MERGES)
     np.testing.assert_allclose(joint, total, atol=1e-6)
-    total, joint = (np.asarray(ops.reference_attention(q, bank, gain, merge)) for merge in MERGES)
+    total, joint = (np.asarray(injection.reference_attention(q, bank, gain, merge)) for merge in MERGES)
     assert np.abs(joint - total).max() > 1e-2
 
 
 def test_choices_of_the_reference_term_are_checked():
-    for field in ("reference_query", "reference_merge", "attention"):
+    for cls, field in ((Injection, "query"), (Injection, "merge"), (Injection, "site"), (Compute, "attention")):
         with pytest.raises(ValueError, match=f"{field} 'other': expected one of"):
-            FluxConfig.tiny(**{field: "other"})
+            cls(**{field: "other"})
 
 
 def test_disjoint_regions_leave_each_others_rows_untouched():
     q = normal(0, B, I, CONFIG.num_heads, CONFIG.head_dim)
     region = jnp.zeros((B, S, I)).at[:, 0, : I // 2].set(1).at[:, 1, I // 2 :].set(1)
-    gain = ops.row_gain(jnp.ones((B, S)), region, B, I)
+    gain = injection.row_gain(jnp.ones((B, S)), region, B, I)
     bank = KV(*(x[0] for x in kv(1)))
     swapped = KV(*(x.at[:, 1].set(normal(8, *x[:, 1].shape)) for x in bank))
-    before, after = (np.asarray(ops.reference_attention(q, b, gain)) for b in (bank, swapped))
+    before, after = (np.asarray(injection.reference_attention(q, b, gain)) for b in (bank, swapped))
     np.testing.assert_array_equal(after[:, : I // 2], before[:, : I // 2])
     assert np.abs(after[:, I // 2 :] - before[:, I // 2 :]).min(axis=-1).max() > 1e-3
-    alone = ops.reference_attention(q, KV(bank.k[:, :1], bank.v[:, :1]), gain[..., :1])
+    alone = injection.reference_attention(q, KV(bank.k[:, :1], bank.v[:, :1]), gain[..., :1])
     np.testing.assert_allclose(before[:, : I // 2], alone[:, : I // 2], atol=1e-6)
 
 
@@ -194,11 +241,11 @@ def test_a_prompt_for_another_base_is_refused(model):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradients_reach_the_bank_through_scan_and_remat(remat):
-    config = FluxConfig.tiny(remat=remat)
-    inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(config, B, I, T).items())}
-    params = Flux(config).init(jax.random.key(0), **inputs)
+    flux = Flux(CONFIG, Compute(remat=remat))
+    inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(CONFIG, B, I, T).items())}
+    params = flux.init(jax.random.key(0), **inputs)
     prompt = image_prompt(text_gain=1.0)
-    grads = jax.grad(lambda p: jnp.sum(Flux(config).apply(params, **inputs, image_prompt=p) ** 2))(prompt)
+    grads = jax.grad(lambda p: jnp.sum(flux.apply(params, **inputs, image_prompt=p) ** 2))(prompt)
     for g in jax.tree.leaves((grads.double, grads.single)):
         assert bool(jnp.isfinite(g).all())
         assert float(jnp.abs(g).reshape(len(g), -1).max(axis=1).min()) > 0  # in every block
@@ -212,8 +259,8 @@ def words(*rows):
 def test_auto_region_is_its_definition():
     q, k = (normal(i, B, n, CONFIG.num_heads, CONFIG.head_dim) for i, n in enumerate((I, T)))
     own = jax.nn.softmax(normal(2, 1, S, T), axis=-1)
-    smoothing = ops.smoothing_matrix(jnp.asarray(ops.image_ids(8, 8)), sigma=0.8)
-    found = ops.auto_region(ops.word_scores(q, k, own, smoothing), 1.5)
+    smoothing = regions.smoothing_matrix(jnp.asarray(image_ids(8, 8)), sigma=0.8)
+    found = regions.auto_region(regions.word_scores(q, k, own, smoothing), 1.5)
 
     grid = [(r, c) for r in range(4) for c in range(4)]
     near = np.array([[np.exp(-((a - x) ** 2 + (b - y) ** 2) / (2 * 0.8**2)) for x, y in grid] for a, b in grid])
@@ -236,10 +283,10 @@ def test_auto_region_follows_the_words():
     a, b = jnp.eye(CONFIG.head_dim)[:2] * 12
     q = jnp.broadcast_to(jnp.where(left, a, b)[None, :, None], (B, I, CONFIG.num_heads, CONFIG.head_dim))
     k = jnp.zeros((B, T, CONFIG.num_heads, CONFIG.head_dim)).at[:, 2].set(a).at[:, 5].set(b)
-    smoothing = ops.smoothing_matrix(jnp.asarray(ops.image_ids(8, 8)))
+    smoothing = regions.smoothing_matrix(jnp.asarray(image_ids(8, 8)))
 
     def share(own):
-        return np.asarray(ops.auto_region(ops.word_scores(q, k, own, smoothing), 2.0))[0].reshape(-1, 4, 4)
+        return np.asarray(regions.auto_region(regions.word_scores(q, k, own, smoothing), 2.0))[0].reshape(-1, 4, 4)
 
     first, second = share(words(2, 5))
     np.testing.assert_allclose(first + second, 1, atol=1e-6)
@@ -262,7 +309,7 @@ def test_blocks_find_the_regions_from_their_own_queries_and_keys(model, kind, mo
     assert np.abs(found - plain).max() > 1e-3
     np.testing.assert_allclose(found, model(silent._replace(words=jnp.repeat(own, B, axis=0))), atol=1e-6)
     assert np.abs(found - model(silent._replace(words=own[:, ::-1]))).max() > 1e-3
-    monkeypatch.setattr(ops, "auto_region", lambda scores, _: jnp.ones((B, S, I)) / 4)
+    monkeypatch.setattr(regions, "auto_region", lambda scores, _: jnp.ones((B, S, I)) / 4)
     given = silent._replace(region=jnp.ones((1, S, I)) / 4)
     run = lambda p: Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p)  # noqa: E731
     np.testing.assert_allclose(run(silent._replace(words=own)), run(given), atol=1e-6)
@@ -270,39 +317,40 @@ def test_blocks_find_the_regions_from_their_own_queries_and_keys(model, kind, mo
 
 def test_a_block_reads_image_queries_and_text_keys_after_rope_and_adds_to_what_is_found():
     q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
-    rope, bank = ops.rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), KV(*(x[0] for x in kv(1)))
-    prompt, smoothing = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S))), ops.smoothing_matrix(ops.image_ids(8, 8))
-    config, own = FluxConfig.tiny(region_sharpness=3.0), words(1, 6)
+    rope, bank = rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), KV(*(x[0] for x in kv(1)))
+    prompt, smoothing = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S))), regions.smoothing_matrix(image_ids(8, 8))
+    how, own = Injection(sharpness=3.0), words(1, 6)
     before = Found(normal(5, B, S, I), jnp.float32(2))
-    shared = Shared(q[:, 0, 0], rope, None, own, smoothing)
-    found, after = flux._attend(config, q, k, v, shared, prompt, before, T)
-    rotated, keys = (ops.apply_rope(x, rope) for x in (q, k))
-    scores = before.scores + ops.word_scores(rotated[:, T:], keys[:, :T], own, smoothing)
+    shared = Shared(q[:, 0, 0], rope, Places(None, own, smoothing))
+    found, _, after = flux._attend(Compute(), how, (q, k, v), shared, prompt, before, T)
+    rotated, keys = (apply_rope(x, rope) for x in (q, k))
+    scores = before.scores + regions.word_scores(rotated[:, T:], keys[:, :T], own, smoothing)
     np.testing.assert_allclose(after.scores, scores, atol=1e-6)
     assert float(after.blocks) == 3
-    region = ops.auto_region(scores / 3, 3.0)
-    given, _ = flux._attend(config, q, k, v, Shared(q[:, 0, 0], rope, region), prompt, None, T)
+    region = regions.auto_region(scores / 3, 3.0)
+    shared = Shared(q[:, 0, 0], rope, Places(region))
+    given, _, _ = flux._attend(Compute(), how, (q, k, v), shared, prompt, None, T)
     np.testing.assert_allclose(found, given, atol=1e-6)
 
 
 def test_regions_are_of_all_blocks_so_far(model, monkeypatch):
     """Each block adds what it sees; blocks of both kinds count on."""
-    seen, real = [], ops.auto_region
+    seen, real = [], regions.auto_region
 
     def watched(scores, sharpness):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), scores, ordered=True)
         return real(scores, sharpness)
 
-    monkeypatch.setattr(ops, "auto_region", watched)
+    monkeypatch.setattr(regions, "auto_region", watched)
     own, each = words(1, 6), []
-    score = ops.word_scores
+    score = regions.word_scores
 
     def noted(*args):
         x = score(*args)
         jax.debug.callback(lambda x: each.append(np.asarray(x)), x, ordered=True)
         return x
 
-    monkeypatch.setattr(ops, "word_scores", noted)
+    monkeypatch.setattr(regions, "word_scores", noted)
     jax.block_until_ready(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=image_prompt(words=own)))
     jax.effects_barrier()
     assert len(seen) == len(each) == CONFIG.depth + CONFIG.depth_single_blocks
@@ -314,8 +362,8 @@ def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypat
     def refuse(*_):
         raise AssertionError("a region was computed")
 
-    monkeypatch.setattr(ops, "auto_region", refuse)
-    monkeypatch.setattr(ops, "smoothing_matrix", refuse)
+    monkeypatch.setattr(regions, "auto_region", refuse)
+    monkeypatch.setattr(regions, "smoothing_matrix", refuse)
     one = jax.tree.map(lambda x: x[:, :, :1], image_prompt())
     run = lambda p: np.asarray(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p))  # noqa: E731
     np.testing.assert_array_equal(run(one._replace(words=words(3))), run(one))
@@ -325,8 +373,8 @@ def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypat
 
 
 def test_auto_regions_under_remat_are_the_same(model):
-    prompt, config = image_prompt(words=words(1, 6)), FluxConfig.tiny(remat="full")
-    loss = lambda p: jnp.sum(Flux(config).apply(model.params, **model.inputs, image_prompt=p) ** 2)  # noqa: E731
+    prompt, config = image_prompt(words=words(1, 6)), Compute(remat="full")
+    loss = lambda p: jnp.sum(Flux(CONFIG, config).apply(model.params, **model.inputs, image_prompt=p) ** 2)  # noqa: E731
     value, grads = jax.value_and_grad(loss)(prompt)
     np.testing.assert_allclose(value, np.sum(model(prompt) ** 2), rtol=1e-5)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from dynaip_jax.storage.tensors import TensorFile
 from tests.parity.flax_goldens import TEXT, VISION, make_goldens
@@ -75,16 +76,19 @@ def run_vision(model, dtype=torch.float32):
     return [h.float().numpy() for h in out.hidden_states], out.pooler_output.float().numpy()
 
 
-def text(config, tensors, ids=IDS):
-    return jax.jit(CLIPText(config).apply)({"params": convert_clip.text_params_from_torch(tensors, config)}, ids)
+def text(config, tensors, ids=IDS, **compute):
+    return jax.jit(CLIPText(config, Compute(**compute)).apply)(
+        {"params": convert_clip.text_params_from_torch(tensors, config)}, ids
+    )
 
 
-def vision(config, tensors, layers=ALL_LAYERS, pixels=PIXELS):
-    return run_vision_params(config, convert_clip.vision_params_from_torch(tensors, config), layers, pixels)
+def vision(config, tensors, layers=ALL_LAYERS, pixels=PIXELS, **compute):
+    params = convert_clip.vision_params_from_torch(tensors, config)
+    return run_vision_params(config, params, layers, pixels, **compute)
 
 
-def run_vision_params(config, params, layers, pixels=PIXELS):
-    return jax.jit(partial(CLIPVision(config).apply, layers=layers))({"params": params}, pixels)
+def run_vision_params(config, params, layers, pixels=PIXELS, **compute):
+    return jax.jit(partial(CLIPVision(config, Compute(**compute)).apply, layers=layers))({"params": params}, pixels)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -120,8 +124,8 @@ def test_no_token_sees_a_later_one():
 def test_every_vision_state_of_torch(act, kernel, tmp_path):
     model = vision_model(hidden_act=act)
     model.save_pretrained(tmp_path)
-    config = CLIPVisionConfig.from_hf(json.loads((tmp_path / "config.json").read_text()), attention=kernel)
-    states, pooled = vision(config, TensorFile(tmp_path / "model.safetensors"))
+    config = CLIPVisionConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    states, pooled = vision(config, TensorFile(tmp_path / "model.safetensors"), attention=kernel)
     their_states, their_pooled = run_vision(model)
     assert_close(pooled, their_pooled)
     for ours, theirs in zip(states, their_states, strict=True):
@@ -151,14 +155,14 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is():
 
     half = dict(dtype=jnp.bfloat16)
     model = text_model()
-    ours, exact = text(CLIPTextConfig.from_hf(TEXT, **half), tensors_of(model)), run_text(model)
+    ours, exact = text(CLIPTextConfig.from_hf(TEXT), tensors_of(model), **half), run_text(model)
     assert {x.dtype for x in ours} == {jnp.dtype(jnp.bfloat16)}
     for mine, true, theirs in zip(ours, exact, run_text(model.bfloat16()), strict=True):
         assert 0 < error(mine, true) <= 1.5 * error(theirs, true)
 
     model = vision_model()
     (ours, pooled), (exact, exact_pooled) = (
-        vision(CLIPVisionConfig.from_hf(VISION, **half), tensors_of(model)),
+        vision(CLIPVisionConfig.from_hf(VISION), tensors_of(model), **half),
         run_vision(model),
     )
     theirs, their_pooled = run_vision(model.bfloat16(), torch.bfloat16)
@@ -206,7 +210,7 @@ def test_remat_changes_no_value():
         (vision, CLIPVisionConfig, VISION, vision_model(), "full"),
     )
     for run, config, hf, model, remat in cases:
-        plain, again = (run(config.from_hf(hf, remat=r), tensors_of(model)) for r in ("none", remat))
+        plain, again = (run(config.from_hf(hf), tensors_of(model), remat=r) for r in ("none", remat))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), plain, again)
 
 

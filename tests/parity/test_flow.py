@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from dynaip_jax import flow
-from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers import packing
 
 
 def theirs(steps, tokens, dynamic):
@@ -52,8 +52,8 @@ def test_packing_is_channel_major_and_has_an_inverse():
     from diffusers import FluxPipeline
 
     z = np.asarray(jax.random.normal(jax.random.key(0), (2, 16, 6, 10)))
-    packed = ops.pack_latents(jnp.asarray(z))
+    packed = packing.pack_latents(jnp.asarray(z))
     np.testing.assert_array_equal(packed, FluxPipeline._pack_latents(torch.tensor(z), 2, 16, 6, 10))
-    np.testing.assert_array_equal(ops.unpack_latents(packed, 6, 10), z)
+    np.testing.assert_array_equal(packing.unpack_latents(packed, 6, 10), z)
     ids = FluxPipeline._prepare_latent_image_ids(1, 3, 5, "cpu", torch.float32)
-    np.testing.assert_array_equal(ops.image_ids(6, 10)[0], ids)
+    np.testing.assert_array_equal(packing.image_ids(6, 10)[0], ids)

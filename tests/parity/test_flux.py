@@ -14,8 +14,11 @@ from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 
 from dynaip_jax import flow
 from dynaip_jax.errors import UserError
-from dynaip_jax.layers import attention as ops
-from dynaip_jax.models.flux import Flux, FluxConfig, StepCache
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.layers.packing import image_ids
+from dynaip_jax.layers.positions import rope_table
+from dynaip_jax.layers.step_cache import StepCache
+from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.storage.tensors import TensorFile
 from tests.conftest import FIXTURES
 from tools.convert_torch_weights import engine
@@ -52,7 +55,7 @@ def inputs(config, batch=2, rows=(4, 6), text=5):
     values = {
         k: rng.normal(size=s.shape).astype(np.float32) for k, s in Flux.inputs_spec(config, batch, i, text).items()
     }
-    values["img_ids"] = ops.image_ids(rows[0] * 2, rows[1] * 2)
+    values["img_ids"] = image_ids(rows[0] * 2, rows[1] * 2)
     values["txt_ids"] = np.zeros((1, text, 3), np.float32)
     values["timesteps"] = np.array([0.9, 0.13], np.float32)[:batch]
     if config.guidance_embed:
@@ -96,10 +99,9 @@ def test_velocity_of_bfl_fixture(family):
 def test_velocity_of_diffusers(guidance, kernel):
     model = torch_model(guidance_embeds=guidance)
     config = convert_flux.config_from_diffusers(dict(model.config))
-    config = FluxConfig(**{**vars(config), "attention": kernel})
     params = convert_flux.params_from_torch(model.state_dict(), config)
     x = inputs(config)
-    assert_close(jax.jit(Flux(config).apply)({"params": params}, **x), run_torch(model, x))
+    assert_close(jax.jit(Flux(config, Compute(attention=kernel)).apply)({"params": params}, **x), run_torch(model, x))
 
 
 def test_bfloat16_is_as_near_to_float32_as_torchs_is():
@@ -111,8 +113,9 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is():
     x["timesteps"] = np.array([0.5, 0.125], np.float32)
     exact = run_torch(model, x)
     theirs = run_torch(model.bfloat16(), x, torch.bfloat16)
-    half = FluxConfig(**{**vars(config), "dtype": jnp.bfloat16})
-    ours = Flux(half).apply({"params": jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params)}, **x)
+    ours = Flux(config, Compute(dtype=jnp.bfloat16)).apply(
+        {"params": jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params)}, **x
+    )
     ours, theirs = (np.sqrt(np.mean((np.asarray(y) - exact) ** 2)) for y in (ours, theirs))
     assert 0 < ours <= 1.5 * theirs
 
@@ -124,7 +127,7 @@ def test_step_cache_of_diffusers(threshold, whole):
     config = convert_flux.config_from_diffusers(dict(model.config))
     params = convert_flux.params_from_torch(model.state_dict(), config)
     x = inputs(config)
-    cache = StepCache.empty(config, *x["img"].shape[:2], jnp.float32(threshold))
+    cache = StepCache.empty((*x["img"].shape[:2], config.hidden_size), jnp.float32, jnp.float32(threshold))
 
     def velocity(img, t, _, cache):
         now = x | dict(img=img, timesteps=jnp.full(len(img), t))
@@ -149,7 +152,7 @@ def test_remat_changes_no_value(remat):
     config = FluxConfig.tiny()
     x = inputs(config)
     params = Flux(config).init(jax.random.key(0), **x)
-    again = Flux(FluxConfig.tiny(remat=remat)).apply(params, **x)
+    again = Flux(FluxConfig.tiny(), Compute(remat=remat)).apply(params, **x)
     np.testing.assert_allclose(Flux(config).apply(params, **x), again, rtol=1e-5, atol=1e-6)
 
 
@@ -202,5 +205,5 @@ def test_guidance_that_does_not_fit_the_model():
 
 def test_rope_stays_exact_where_bfloat16_would_not():
     ids = np.full((1, 1, 1), 3001.0, np.float32)
-    cos, _ = ops.rope_table(ids, (2,), 10_000)
+    cos, _ = rope_table(ids, (2,), 10_000)
     assert abs(float(cos[0, 0, 0]) - np.cos(3001.0)) < 1e-4

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.t5 import T5Block, T5Config, T5Encoder, relative_position_bucket
 from dynaip_jax.storage.tensors import TensorFile
 from tests.parity.flax_goldens import T5, make_goldens
@@ -50,16 +51,18 @@ def run_torch(model):
         return model(torch.tensor(IDS)).last_hidden_state.float().numpy()
 
 
-def ours(config, tensors, ids=IDS):
-    return jax.jit(T5Encoder(config).apply)({"params": convert_t5.params_from_torch(tensors, config)}, ids)
+def ours(config, tensors, ids=IDS, **compute):
+    return jax.jit(T5Encoder(config, Compute(**compute)).apply)(
+        {"params": convert_t5.params_from_torch(tensors, config)}, ids
+    )
 
 
 @pytest.mark.parametrize("kernel", ["xla", "per_head"])
 def test_states_of_torch(model, tensors, kernel, tmp_path):
     model.save_pretrained(tmp_path)
-    config = T5Config.from_hf(json.loads((tmp_path / "config.json").read_text()), attention=kernel)
+    config = T5Config.from_hf(json.loads((tmp_path / "config.json").read_text()))
     exact = run_torch(model)
-    assert_close(ours(config, TensorFile(tmp_path / "model.safetensors")), exact)
+    assert_close(ours(config, TensorFile(tmp_path / "model.safetensors"), attention=kernel), exact)
     assert exact.shape == (2, 150, T5["d_model"])
 
 
@@ -86,7 +89,7 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is(model, tensors):
     half = transformers.T5EncoderModel(model.config).eval()
     half.load_state_dict(model.state_dict())
     theirs = run_torch(half.bfloat16())
-    out = ours(T5Config.from_hf(T5, dtype=jnp.bfloat16), tensors)
+    out = ours(T5Config.from_hf(T5), tensors, dtype=jnp.bfloat16)
     assert out.dtype == jnp.bfloat16
     mine, theirs = (np.sqrt(np.mean((np.asarray(y, np.float32) - exact) ** 2)) for y in (out, theirs))
     assert 0 < mine <= 1.5 * theirs
@@ -100,16 +103,18 @@ def test_float16_takes_a_residual_stream_past_its_range(tensors):
     config = T5Config.from_hf(T5)
     params = convert_t5.params_from_torch(tensors, config)
     first = jax.tree.map(lambda p: p[0], params["blocks"])
-    stream, _ = T5Block(config).apply({"params": first}, params["shared"]["embedding"][IDS], np.zeros((1, 3, 150, 150)))
+    stream, _ = T5Block(config, Compute()).apply(
+        {"params": first}, params["shared"]["embedding"][IDS], np.zeros((1, 3, 150, 150))
+    )
     assert np.abs(stream).max() > np.finfo(np.float16).max
     exact = ours(config, tensors)
-    half = ours(T5Config.from_hf(T5, dtype=jnp.float16), tensors)
+    half = ours(T5Config.from_hf(T5), tensors, dtype=jnp.float16)
     assert half.dtype == jnp.float16
     assert_close(half.astype(jnp.float32), exact, 1e-2)
 
 
 def test_remat_changes_no_value(tensors):
-    plain, again = (ours(T5Config.from_hf(T5, remat=r), tensors) for r in ("none", "full"))
+    plain, again = (ours(T5Config.from_hf(T5), tensors, remat=r) for r in ("none", "full"))
     np.testing.assert_allclose(plain, again, rtol=1e-5, atol=1e-6)
 
 
@@ -187,4 +192,4 @@ def test_feed_forward_is_ungated_where_the_config_does_not_say():
 @pytest.mark.parametrize("change", [dict(remat="some"), dict(attention="flash")])
 def test_unknown_ways_to_compute(change):
     with pytest.raises(ValueError, match="expected one of"):
-        T5Config.tiny(**change)
+        Compute(**change)

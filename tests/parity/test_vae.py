@@ -5,7 +5,6 @@ Tolerance: max |ours - theirs| <= 1e-4 of max |theirs|; what is seen is up to 2e
 
 import json
 import re
-from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -19,6 +18,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.images.files import to_uint8
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.vae import VAE, VAEConfig
 from dynaip_jax.storage.tensors import TensorFile
 from tests.conftest import FIXTURES
@@ -78,8 +78,8 @@ def run_torch(model, images, latents, dtype=torch.float32):
     return moments.float().numpy(), decoded.float().numpy()
 
 
-def run_ours(config, params, images, latents):
-    vae = VAE(config)
+def run_ours(config, params, images, latents, **compute):
+    vae = VAE(config, Compute(**compute))
     run = jax.jit(vae.apply, static_argnames="method")
     return run({"params": params}, images, method="encode"), run({"params": params}, latents, method="decode")
 
@@ -130,7 +130,7 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is(oracle, batch):
     half.load_state_dict(model.state_dict())
     theirs = run_torch(half.bfloat16(), *batch, torch.bfloat16)
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params)
-    ours = run_ours(replace(config, dtype=jnp.bfloat16), params, *batch)
+    ours = run_ours(config, params, *batch, dtype=jnp.bfloat16)
     for x, y, z in zip(ours, theirs, exact, strict=True):
         assert x.dtype == jnp.float32
         error, allowed = (np.sqrt(np.mean((out - last(z)) ** 2)) for out in (np.asarray(x), last(y)))
@@ -139,7 +139,7 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is(oracle, batch):
 
 def test_bfloat16_convolutions_run_in_bfloat16(oracle, batch):
     _, config, params = oracle
-    half = VAE(replace(config, dtype=jnp.bfloat16))
+    half = VAE(config, Compute(dtype=jnp.bfloat16))
     program = str(jax.make_jaxpr(lambda images: half.apply({"params": params}, images))(batch[0]))
     convolutions = re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", program)
     assert len(convolutions) > 20 and set(convolutions) == {"bf16"}
@@ -166,9 +166,9 @@ def test_full_size_names_and_shapes():
 
 
 def test_full_size_shapes_of_both_ways():
-    config = VAEConfig.flux(param_dtype=jnp.bfloat16)
+    config, compute = VAEConfig.flux(), Compute(param_dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((2, 1024, 768, 3), jnp.float32)
-    variables = jax.eval_shape(VAE(config).init, jax.random.key(0), images)
+    variables = jax.eval_shape(VAE(config, compute).init, jax.random.key(0), images)
     assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype(jnp.bfloat16)}
 
     def stages(variables, images):
@@ -227,11 +227,16 @@ def test_diffusers_settings_left_out(oracle, field):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(ch=48), dict(ch_mult=()), dict(resolution=36), dict(z_channels=0), dict(remat="dots"), dict(scale_factor=0)],
+    [dict(ch=48), dict(ch_mult=()), dict(resolution=36), dict(z_channels=0), dict(scale_factor=0)],
 )
 def test_config_that_does_not_fit(change):
     with pytest.raises(ValueError, match=f"^{next(iter(change))} "):
         VAEConfig.tiny(**change)
+
+
+def test_remat_of_products_alone_is_refused():
+    with pytest.raises(ValueError, match="^remat "):
+        jax.eval_shape(VAE(VAEConfig.tiny(), Compute(remat="dots")).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
 def test_picture_of_a_size_that_does_not_fit():
@@ -246,7 +251,7 @@ def test_remat_recomputes_and_changes_no_value():
     variables = nn.meta.unbox(init(jax.random.key(0)))
 
     def gradient(remat):
-        model = VAE(replace(config, remat=remat))
+        model = VAE(config, Compute(remat=remat))
         return jax.grad(lambda v: jnp.sum(model.apply(v, images, method="encode") ** 2))
 
     assert "remat" in str(jax.make_jaxpr(gradient("full"))(variables))
