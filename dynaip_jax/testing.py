@@ -1,58 +1,77 @@
-"""A tiny FLUX-family bundle and adapter with random weights, in real files: quick, and without a meaning to preserve."""
+"""A tiny bundle and adapter with random weights, in real files: quick, for tests of this project and of yours.
+
+from dynaip_jax.testing import make_adapter, make_bundle
+
+make_bundle(folder / "bundle")
+make_adapter(folder / "adapter", folder / "bundle")
+"""
+
+from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from dynaip_jax.adapters.dynaip import DynaIPConfig, adapter_to_dict, init_adapter_params
-from dynaip_jax.families.registry import COMPONENTS, FAMILIES, config_to_dict, init_params
+from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
+from dynaip_jax.families.base import Family
+from dynaip_jax.families.registry import FAMILIES, family_of, open_bundle
 from dynaip_jax.flow import ScheduleConfig
-from dynaip_jax.storage.bundle import Bundle, NewComponent, write_adapter, write_bundle
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.storage.bundle import NewComponent, write_adapter, write_bundle
+from dynaip_jax.storage.codec import to_dict
 
 SEED = 0
 SIZE = 128  # pixels
 STEPS = 8
 
 
-def make_bundle(path):
-    """Writes the tiny bundle."""
+def tiny_family(name: str = "flux", text: Mapping[str, int] | None = None, **configs: Any) -> Family:
+    """A backbone family at tiny sizes; `configs`: of components that are to have others, `text`: token lengths."""
     vocab = _vocabulary()
     words = dict(t5=dict(vocab_size=len(vocab)), clip_text=dict(vocab_size=len(vocab), eos_token_id=vocab["</s>"]))
-    configs = {name: c.config.tiny(**words.get(name, {})) for name, c in COMPONENTS.items()}
+    kind = FAMILIES[name]
+    tiny = {part: c.config.tiny(**words.get(part, {})) for part, c in kind.components.items()} | configs
+    lengths = dict(t5_length=128, clip_length=77) | dict(text or {})
+    computes = tuple((part, Compute()) for part in tiny)
+    return kind(tuple(tiny.items()), computes, ScheduleConfig(), tuple(lengths.items()))
 
-    def components():
-        for i, (name, config) in enumerate(configs.items()):
-            params = jax.jit(lambda key, n=name, c=config: init_params(n, c, key))(
-                jax.random.fold_in(jax.random.key(SEED), i)
-            )
-            yield NewComponent(
-                name, config_to_dict(config), jax.tree.map(np.asarray, params), [dict(made_from=f"seed {SEED}")]
-            )
+
+def make_bundle(path: str | Path, family: str = "flux") -> None:
+    """Writes the tiny bundle of a backbone family to the folder `path`."""
+    tiny = tiny_family(family)
+
+    def components() -> Iterator[NewComponent]:
+        for i, (name, config) in enumerate(tiny.configs):
+            init = jax.jit(tiny.init_params, static_argnums=0)
+            params = jax.tree.map(np.asarray, init(name, jax.random.fold_in(jax.random.key(SEED), i)))
+            yield NewComponent(name, to_dict(config), params, [dict(made_from=f"seed {SEED}")])
 
     with tempfile.TemporaryDirectory() as folder:
         write_bundle(
-            path,
+            Path(path),
             components(),
-            family="flux",
-            schedule=asdict(ScheduleConfig()),
-            text=dict(t5_length=128, clip_length=configs["clip_text"].max_position_embeddings),
+            family=family,
+            schedule=to_dict(ScheduleConfig()),
+            text=dict(tiny.text),
             defaults=dict(steps=STEPS, guidance=3.5, height=SIZE, width=SIZE),
             tokenizers=_tokenizers(Path(folder)),
         )
 
 
-def make_adapter(path, bundle):
-    """Writes an adapter for the tiny bundle. What starts at zero in a fresh adapter, and so would change nothing (value
-    projections) or show nothing (the router), is random here."""
-    base = Bundle.open(bundle, FAMILIES)
-    vision = base.config("clip_vision", COMPONENTS["clip_vision"].config)
+def make_adapter(path: str | Path, bundle: str | Path) -> None:
+    """Writes an adapter for the tiny bundle to the folder `path`. What starts at zero in a fresh adapter, and so would change nothing
+    (value projections) or show nothing (the router), is random here."""
+    base = open_bundle(bundle)
+    family = family_of(base)
+    vision = family.config("clip_vision")
     n = vision.num_hidden_layers
     config = DynaIPConfig.for_base(
-        base.config("transformer", COMPONENTS["transformer"].config),
+        family.sites,
         vision.hidden_size,
         hmoe=dict(levels=(max(1, n - 2), n - 1, n), expert_width=2 * vision.hidden_size),
         blocks="double",
@@ -63,11 +82,11 @@ def make_adapter(path, bundle):
     params["double"]["value"] = jax.random.normal(value_key, values.shape) * values.shape[1] ** -0.5
     params["hmoe"]["router"]["kernel"] = jax.random.normal(router_key, router.shape) * router.shape[0] ** -0.5
     write_adapter(
-        path,
-        adapter_to_dict(config),
+        Path(path),
+        to_dict(config),
         jax.tree.map(np.asarray, params),
         step=0,
-        base=dict(family=base.manifest["family"], fingerprint=base.fingerprint),
+        base=dict(family=family.name, fingerprint=base.fingerprint),
         conventions=dict(trained=False),
     )
 
@@ -75,19 +94,19 @@ def make_adapter(path, bundle):
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 
 
-def _vocabulary():
+def _vocabulary() -> dict[str, int]:
     """Token -> id: the special tokens, then one token a byte."""
     from tokenizers import pre_tokenizers
 
     return {t: i for i, t in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
 
 
-def _tokenizers(folder):
+def _tokenizers(folder: Path) -> dict[str, Path]:
     """Byte-level tokenizers, without merges, in the form that transformers reads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     vocab = _vocabulary()
-    found = {}
+    folders = {}
     for name, template in (("t5", "$A </s>"), ("clip", "<s> $A </s>")):
         tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,9 +115,9 @@ def _tokenizers(folder):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[(t, vocab[t]) for t in ("<s>", "</s>")]
         )
-        found[name] = folder / name
-        found[name].mkdir()
-        tokenizer.save(str(found[name] / "tokenizer.json"))
+        folders[name] = folder / name
+        folders[name].mkdir()
+        tokenizer.save(str(folders[name] / "tokenizer.json"))
         config = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-        (found[name] / "tokenizer_config.json").write_text(json.dumps(config))
-    return found
+        (folders[name] / "tokenizer_config.json").write_text(json.dumps(config))
+    return folders

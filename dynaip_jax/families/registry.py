@@ -1,57 +1,44 @@
-"""The components a bundle may hold, by the names they have on disk."""
+"""The backbone families, by the names they have on disk."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+from dynaip_jax.families.base import Family, Preset
+from dynaip_jax.families.flux import Flux1
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.storage.bundle import Bundle
+from dynaip_jax.storage.codec import to_dict
 
-from dynaip_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from dynaip_jax.models.flux import Flux, FluxConfig
-from dynaip_jax.models.t5 import T5Config, T5Encoder
-from dynaip_jax.models.vae import VAE, VAEConfig
-
-FAMILIES = ("flux",)
-# how, not what, or an adapter's choice: not stored with the weights
-COMPUTE_FIELDS = (
-    "dtype", "param_dtype", "remat", "attention", "weights", "reference_query", "reference_merge", "region_sharpness",
-)  # fmt: skip
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Flux1,)}
 
 
-class Component(NamedTuple):
-    """A config class and a model class; `options`: what `init` needs besides the arrays of `inputs_spec`."""
-
-    config: Any
-    module: Any
-    options: Callable[[Any], dict[str, Any]] = lambda config: {}
+def open_bundle(path: str | Path) -> Bundle:
+    """The bundle in a folder. Raises `UserError` if it is none, or of a family that is not known."""
+    return Bundle.open(path, tuple(FAMILIES))
 
 
-COMPONENTS = {
-    "transformer": Component(FluxConfig, Flux),
-    "vae": Component(VAEConfig, VAE),
-    "t5": Component(T5Config, T5Encoder),
-    "clip_text": Component(CLIPTextConfig, CLIPText),
-    "clip_vision": Component(CLIPVisionConfig, CLIPVision, lambda c: dict(layers=(c.num_hidden_layers,))),
-}
+def family_of(bundle: Bundle, compute: Compute = Compute(), *, reference: bool = True) -> Family:
+    """The family of a bundle, at its sizes; see `Family.of`."""
+    return FAMILIES[bundle.manifest["family"]].of(bundle, compute, reference=reference)
 
 
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """The architecture's fields of a config, as stored with weights."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in COMPUTE_FIELDS}
+def published(name: str) -> Bundle | None:
+    """A bundle without weights, in the published sizes of a model such as "flux-dev"; None for a name that no family has."""
+    for family in FAMILIES.values():
+        if name in family.presets:
+            return Bundle(Path(name), manifest_of(family.name, family.presets[name]()))
+    return None
 
 
-def init_params(name: str, config: Any, key: jax.Array, *, boxed: bool = False) -> dict[str, Any]:
-    """Freshly initialised parameters of a component; `boxed` leaves each in the box that holds its logical axis names."""
-    component = COMPONENTS[name]
-    inputs = {k: jnp.zeros(v.shape, v.dtype) for k, v in component.module.inputs_spec(config).items()}
-    params = component.module(config).init(key, **inputs, **component.options(config))["params"]
-    return params if boxed else nn.meta.unbox(params)
-
-
-def abstract_params(name: str, config: Any, *, boxed: bool = False) -> dict[str, Any]:
-    """The nested tree of shapes and dtypes of a component's parameters, nothing allocated; `boxed`: see `init_params`."""
-    return jax.eval_shape(lambda: init_params(name, config, jax.random.key(0), boxed=boxed))
+def manifest_of(family: str, preset: Preset) -> dict[str, Any]:
+    """What `bundle.json` says of a published model."""
+    return dict(
+        family=family,
+        fingerprint="",
+        components={name: dict(config=to_dict(config)) for name, config in preset.configs.items()},
+        schedule=dict(preset.schedule),
+        text=dict(preset.text),
+        defaults=dict(preset.defaults),
+    )

@@ -21,6 +21,10 @@ class Tokenizers:
     def __init__(self, t5: Any, clip: Any, t5_length: int, clip_length: int = CLIP_LENGTH):
         self._tokenizers = {"T5": (t5, t5_length), "CLIP": (clip, clip_length)}
 
+    def ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Token ids int32 `[n, t]` by text encoder ("t5", "clip_text"), padded to its length; FLUX attends to the padding too."""
+        return dict(t5=self.t5(texts), clip_text=self.clip(texts))
+
     @classmethod
     def load(cls, folder: Path, t5_length: int, clip_length: int = CLIP_LENGTH) -> Tokenizers:
         """From `folder/t5` and `folder/clip`, in any form that transformers reads. Raises `UserError` if it cannot."""
@@ -41,7 +45,7 @@ class Tokenizers:
         return cls(loaded[0], loaded[1], t5_length, clip_length)
 
     def t5(self, texts: Sequence[str]) -> np.ndarray:
-        """Ids `[n, t5_length]`, int32, padded; FLUX attends to the padding too."""
+        """Ids `[n, t5_length]`, int32, padded."""
         return self._ids("T5", texts)
 
     def clip(self, texts: Sequence[str]) -> np.ndarray:
@@ -54,7 +58,7 @@ class Tokenizers:
             tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"], np.int32
         )
 
-    def t5_words(self, prompt: str, phrases: Sequence[str]) -> np.ndarray:
+    def words(self, prompt: str, phrases: Sequence[str]) -> np.ndarray:
         """Where each phrase stands among T5's tokens of `prompt`: weights float32 `[s, t5_length]`, even over its own tokens.
 
         A phrase is found as whole words, in any case and spacing. Each gets a place of its own, the longest first: the same
@@ -64,8 +68,8 @@ class Tokenizers:
         tokenizer, length = self._tokenizers["T5"]
         if not tokenizer.is_fast:
             raise UserError(
-                "--subject: the model's T5 tokenizer does not say where its tokens stand; expected one with tokenizer.json; "
-                "convert the model again with it, or pass --mask"
+                "`words`: the model's T5 tokenizer does not say where its tokens stand; expected one with tokenizer.json; "
+                "convert the model again with it, or pass `masks`"
             )
         options = dict(padding="max_length", max_length=length, truncation=True)
         seen, whole = (
@@ -82,7 +86,7 @@ class Tokenizers:
             pattern = r"\s+".join(map(re.escape, phrases[s].split()))
             places = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE) if pattern]
             free = [(a, b) for a, b in places if all(b <= start or end <= a for start, end in taken)]
-            option = f"--subject: its words {phrases[s]!r}"
+            option = f"`words` {phrases[s]!r}"
             if not places:
                 raise UserError(f"{option} are not in the prompt; expected words that stand in it; change either")
             if not free:

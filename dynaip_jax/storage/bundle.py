@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.codec import from_dict
 
 FORMAT_VERSION = 1
 BUNDLE_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS = "bundle.json", "adapter.json", "adapter.safetensors"
@@ -145,7 +146,7 @@ class Bundle:
         """Of the transformer: what an adapter is trained against."""
         return self.manifest["fingerprint"]
 
-    def config(self, name: str, config_class: type, **changes: Any) -> Any:
+    def config(self, name: str, config_class: type) -> Any:
         """The config of a component as `config_class`. Raises `UserError` if the bundle lacks it or the fields do not fit."""
         if name not in self.manifest["components"]:
             option = "--clip-vision CLIP_FOLDER" if name == "clip_vision" else f"a --source that has its {name}"
@@ -153,7 +154,7 @@ class Bundle:
                 f"{self.path}: has no {name} (only {', '.join(self.manifest['components'])}); convert the model again with {option}"
             )
         try:
-            return config_class(**self.manifest["components"][name]["config"] | changes)
+            return from_dict(config_class, self.manifest["components"][name]["config"])
         except (TypeError, ValueError, KeyError) as e:
             raise UserError(f"{self.path / BUNDLE_FILE}: config of {name}: {e}; convert the model again") from e
 

@@ -31,15 +31,15 @@ def rows(weights):
 
 def test_rows_are_those_of_the_words(pieces):
     prompt = "A red star, a star and a  RED\nstars"  # tokens: A red star , a star and a ...
-    assert rows(pieces.t5_words(prompt, ["red star"])) == [[1, 2]]
-    assert rows(pieces.t5_words(prompt, ["Star", "star"])) == [[2], [5]]
-    assert rows(pieces.t5_words(prompt, ["star", "red star", "a"])) == [[5], [1, 2], [0]]
-    assert pieces.t5_words(prompt, []).shape == (0, 12)
+    assert rows(pieces.words(prompt, ["red star"])) == [[1, 2]]
+    assert rows(pieces.words(prompt, ["Star", "star"])) == [[2], [5]]
+    assert rows(pieces.words(prompt, ["star", "red star", "a"])) == [[5], [1, 2], [0]]
+    assert pieces.words(prompt, []).shape == (0, 12)
 
 
 def test_bytes_have_a_row_each_and_the_space_none(tiny):
     tokenizers = Tokenizers.load(tiny[0] / "tokenizers", 16)
-    assert rows(tokenizers.t5_words("a ré  d", ["RÉ d"])) == [[2, 3, 4, 7]]
+    assert rows(tokenizers.words("a ré  d", ["RÉ d"])) == [[2, 3, 4, 7]]
 
 
 def test_words_that_are_not_there_are_refused(pieces, tiny):
@@ -51,8 +51,8 @@ def test_words_that_are_not_there_are_refused(pieces, tiny):
         ("red " * 10 + "a star", ["star"], "'star' lie beyond the 12 tokens that T5 takes; shorten"),
     ):
         with pytest.raises(UserError, match=message):
-            pieces.t5_words(prompt, phrases)
-    rows(pieces.t5_words("red " * 10 + "star", ["star"]))  # the last row before </s>
+            pieces.words(prompt, phrases)
+    rows(pieces.words("red " * 10 + "star", ["star"]))  # the last row before </s>
 
 
 def test_a_tokenizer_without_positions_is_refused():
@@ -60,4 +60,4 @@ def test_a_tokenizer_without_positions_is_refused():
         is_fast = False
 
     with pytest.raises(UserError, match="does not say where its tokens stand.*--mask"):
-        Tokenizers(Slow(), None, 12).t5_words("a star", ["star"])
+        Tokenizers(Slow(), None, 12).words("a star", ["star"])
