@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dynaip_jax import flow
 from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.registry import COMPONENTS, FAMILIES, abstract_params, init_params
+from dynaip_jax.families.registry import family_of
+from dynaip_jax.families.registry import open_bundle as open_bundle_
 from dynaip_jax.families.tokenizers import Tokenizers
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.runtime.compiling import QUICK
 from dynaip_jax.runtime.sharding import abstract, batch_sharding, shardings
 from dynaip_jax.shapeland import default
@@ -38,22 +39,18 @@ class Models(NamedTuple):
 
 def open_bundle(config: TrainConfig) -> Bundle:
     """The base model's folder. Raises `UserError` if it is not one."""
-    return Bundle.open(config.bundle or default.paths()[0], FAMILIES)
+    return open_bundle_(config.bundle or default.paths()[0])
 
 
 def make_recipe(config: TrainConfig, bundle: Bundle) -> Recipe:
     """The constants of a training step. Raises `UserError` if the adapter asked for does not fit the bundle."""
-    names = ["transformer", "vae", "t5", "clip_text"] + ([] if config.trainable == "base" else ["clip_vision"])
-    compute = jnp.dtype(config.dtype)
-    configs: dict[str, Any] = {}
-    for name in names:
-        kind = jnp.dtype("float32") if name == "vae" else compute
-        configs[name] = bundle.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
-    trained = jnp.float32 if config.trainable != "adapter" else compute
-    configs["transformer"] = dataclasses.replace(configs["transformer"], remat=config.remat, param_dtype=trained)
+    kind = jnp.dtype(config.dtype)
+    family = family_of(bundle, Compute(dtype=kind, param_dtype=kind), reference=config.trainable != "base")
+    trained = jnp.float32 if config.trainable != "adapter" else kind
+    family = family.with_compute("transformer", remat=config.remat, param_dtype=trained)
     adapter = None
     if config.trainable != "base":
-        vision = configs["clip_vision"]
+        vision = family.config("clip_vision")
         if max(config.adapter.levels) > vision.num_hidden_layers:
             raise UserError(
                 f"--adapter.levels {config.adapter.levels}: the CLIP of {bundle.path} has {vision.num_hidden_layers} layers; "
@@ -66,21 +63,12 @@ def make_recipe(config: TrainConfig, bundle: Bundle) -> Recipe:
             )
         choices = dataclasses.asdict(config.adapter)
         own = {name: choices.pop(name) for name in ("blocks", "query", "merge")}
-        adapter = DynaIPConfig.for_base(
-            configs["transformer"],
-            vision.hidden_size,
-            hmoe=choices,
-            **own,
-            dtype=compute,
-            param_dtype=jnp.float32,
-        )
-        configs["transformer"] = dataclasses.replace(
-            configs["transformer"], reference_query=adapter.query, reference_merge=adapter.merge
-        )
+        adapter = DynaIPConfig.for_base(family.sites, vision.hidden_size, hmoe=choices, **own)
+        family = family.with_injection(adapter.injection)
     return Recipe(
-        configs=tuple(configs.items()),
+        family=family,
         adapter=adapter,
-        schedule=flow.ScheduleConfig(**bundle.manifest["schedule"]),
+        adapter_compute=Compute(dtype=kind, param_dtype=jnp.float32),
         optim=config.optim,
         accumulate=config.accumulate,
         guidance=config.guidance,
@@ -107,13 +95,11 @@ def load(config: TrainConfig, bundle: Bundle, mesh: Mesh, *, encoders: bool = Tr
         *(ENCODERS if encoders else ()),
         *(["transformer"] if transformer and config.trainable == "adapter" else ()),
     ]
-    names = [name for name, _ in recipe.configs if name in wanted]
+    names = [name for name, _ in recipe.family.configs if name in wanted]
     frozen = {
-        name: bundle.load(name, abstract(abstract_params(name, recipe.config(name), boxed=True), mesh))
-        for name in names
+        name: bundle.load(name, abstract(recipe.family.abstract_params(name, boxed=True), mesh)) for name in names
     }
-    lengths = bundle.manifest["text"]
-    tokenizers = Tokenizers.load(bundle.path / "tokenizers", lengths["t5_length"], lengths["clip_length"])
+    tokenizers = recipe.family.load_tokenizers(bundle.path / "tokenizers")
     return Models(bundle, recipe, tokenizers, frozen, state_shardings(config, recipe, mesh))
 
 
@@ -138,7 +124,7 @@ def fresh_state(config: TrainConfig, models: Models) -> TrainState:
     state = init()
     if config.trainable != "adapter" and not config.fresh_base:
         place = models.state_shardings.params["transformer"]
-        target = abstract_params("transformer", models.recipe.config("transformer"))
+        target = models.recipe.family.abstract_params("transformer")
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), target, place)
         base = models.bundle.load("transformer", target)
         state = state._replace(
@@ -152,22 +138,10 @@ def fresh_params(config: TrainConfig, recipe: Recipe, *, boxed: bool = False) ->
     adapter_key, base_key = jax.random.split(jax.random.key(config.seed))
     params = {}
     if recipe.adapter is not None:
-        params["adapter"] = init_adapter_params(recipe.adapter, adapter_key, boxed=boxed)
+        params["adapter"] = init_adapter_params(recipe.adapter, adapter_key, recipe.adapter_compute, boxed=boxed)
     if config.trainable != "adapter":
-        params["transformer"] = _gates_closed(
-            init_params("transformer", recipe.config("transformer"), base_key, boxed=boxed)
-        )
+        params["transformer"] = recipe.family.fresh(recipe.family.init_params("transformer", base_key, boxed=boxed))
     return params
-
-
-def _gates_closed(params: Any) -> Any:
-    """A fresh transformer whose blocks do nothing yet and whose velocity is 0: adaLN-Zero, Peebles & Xie, arXiv 2212.09748."""
-
-    def start(path: Any, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        return jnp.zeros_like(x) if "mod" in name or "final_linear" in name else x
-
-    return jax.tree_util.tree_map_with_path(start, params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -61,8 +61,8 @@ def export(
     import jax.numpy as jnp
     import numpy as np
 
-    from dynaip_jax.adapters.dynaip import adapter_to_dict
     from dynaip_jax.storage.bundle import fingerprint, replace_component, write_adapter
+    from dynaip_jax.storage.codec import to_dict
     from train import assemble as models
     from train import config as config_
     from train.checkpoint import RUN_FILE, Checkpoints
@@ -126,7 +126,7 @@ def export(
         )
         write_adapter(
             out,
-            adapter_to_dict(recipe.adapter),
+            to_dict(recipe.adapter),
             params["adapter"],
             base=dict(family=bundle.manifest["family"], fingerprint=identity),
             step=number,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dynaip_jax.data.samples import make_loader
 from dynaip_jax.errors import UserError
-from dynaip_jax.planner import flops
+from dynaip_jax.planner import chips, flops
 from dynaip_jax.runtime.sharding import batch_positions, batch_sharding, make_mesh
 from train import assemble as models_
 from train.checkpoint import Checkpoints, check_workdir, claim_workdir, disk_errors
@@ -210,8 +210,7 @@ class _Meter:
 
     def __init__(self, config: TrainConfig, models: models_.Models, mesh: Mesh):
         self._config, self._recipe, self._devices = config, models.recipe, mesh.devices.size
-        self._text = models.bundle.manifest["text"]["t5_length"]
-        self._chip = flops.chip(mesh.devices.flat[0].device_kind)
+        self._chip = chips.chip(mesh.devices.flat[0].device_kind)
         self.waited = 0.0
         self.pause()
 
@@ -221,16 +220,8 @@ class _Meter:
 
     def count(self, shape: tuple[int, ...]) -> None:
         """Counts a step over latents of shape `[b, c, h, w]`."""
-        recipe = self._recipe
-        reference = recipe.config("clip_vision").tokens if recipe.adapter is not None else 0
-        each = flops.training_step(
-            recipe.config("transformer"),
-            recipe.adapter,
-            (shape[2] // 2) * (shape[3] // 2),
-            self._text,
-            reference,
-            base_trained=self._config.trainable != "adapter",
-        )
+        family, base_trained = self._recipe.family, self._config.trainable != "adapter"
+        each = flops.training_step(family, self._recipe.adapter, family.tokens(shape), base_trained=base_trained)
         self._steps += 1
         self._flops += self._config.batch * each
 

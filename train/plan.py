@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 
 from dynaip_jax.data.samples import Batch
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.registry import abstract_params
+from dynaip_jax.families.registry import published
 from dynaip_jax.planner import flops
 from dynaip_jax.planner import jobs as plan
 from dynaip_jax.runtime.sharding import abstract, batch_sharding
@@ -28,7 +27,7 @@ def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sam
     """What a recipe asks of `mesh`; `sampling`: more options of `plan.sampling`. A bundle that is not there is planned with the
     published sizes if it is named "flux-dev" or "flux-schnell". Raises `UserError` for a recipe that cannot run on the mesh."""
     name = Path(config.bundle).name
-    bundle = None if Path(config.bundle).is_dir() else plan.published(name)
+    bundle = None if Path(config.bundle).is_dir() else published(name)
     bundle = bundle or models.open_bundle(config)
     recipe = models.make_recipe(config, bundle)
     if kind == "train":
@@ -36,16 +35,15 @@ def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sam
     adapter = recipe.adapter
     if adapter is None:
         raise UserError(f"--job sample: the recipe trains {config.trainable!r}, no adapter; expected one that does")
-    half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    adapter = dataclasses.replace(adapter, hmoe=dataclasses.replace(adapter.hmoe, **half), **half)
     return plan.sampling(bundle, adapter, mesh, size=config.sample.size, steps=config.sample.steps, **sampling)
 
 
 def _training(config: TrainConfig, bundle: Bundle, recipe: Any, mesh: Mesh) -> plan.Job:
     check_batch(config, mesh)
-    names = [name for name, _ in recipe.configs]
+    family = recipe.family
+    names = [name for name, _ in family.configs]
     frozen = {
-        name: abstract(abstract_params(name, recipe.config(name), boxed=True), mesh)
+        name: abstract(family.abstract_params(name, boxed=True), mesh)
         for name in names
         if name != "transformer" or config.trainable == "adapter"
     }
@@ -69,15 +67,11 @@ def _training(config: TrainConfig, bundle: Bundle, recipe: Any, mesh: Mesh) -> p
 
     base = {k: v for k, v in frozen.items() if k == "transformer"}
     encoders = tuple(name for name in frozen if name not in base)
-    transformer, vae = recipe.config("transformer"), recipe.config("vae")
-    rows, reference = (side // vae.downsample // 2) ** 2, 0
-    encoding = 2 * lengths["t5_length"] * _size(frozen["t5"])
+    rows = family.tokens(family.latent(side, side))
+    encoding = 2 * family.text_rows * _size(frozen[family.text_encoders[0]])
     if recipe.adapter is not None:
-        reference = recipe.config("clip_vision").tokens
-        encoding += 2 * reference * _size(frozen["clip_vision"])
-    each = flops.training_step(
-        transformer, recipe.adapter, rows, lengths["t5_length"], reference, base_trained=config.trainable != "adapter"
-    )
+        encoding += 2 * family.config("clip_vision").tokens * _size(frozen["clip_vision"])
+    each = flops.training_step(family, recipe.adapter, rows, base_trained=config.trainable != "adapter")
     return plan.Job(
         programs=[
             plan.Program("features", lambda: features_fn.lower(recipe, frozen, batch, step), 1, b * encoding, encoders),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dynaip_jax import flow
 from dynaip_jax.adapters.dynaip import DynaIPConfig
 from dynaip_jax.data.samples import open_dataset, pictures
 from dynaip_jax.errors import UserError
 from dynaip_jax.images import files as images
-from dynaip_jax.sampling.pipeline import decode, denoise, encode_text, make_image_prompt
+from dynaip_jax.runtime.layouts import Arranged
+from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_text, make_image_prompt
+from dynaip_jax.sampling.denoise import Parts, generate
+from dynaip_jax.sampling.options import SampleOptions
 from train.assemble import Models
 from train.config import TrainConfig
 from train.step import TrainState
@@ -30,23 +32,19 @@ class Sampler:
     def __init__(self, config: TrainConfig, models: Models, mesh: Mesh, workdir: Path):
         self._sample, self._models, self._folder = config.sample, models, workdir / "samples"
         recipe = models.recipe
-        self._vae = recipe.config("vae")
-        unit = 2 * self._vae.downsample
+        family = recipe.family
+        unit = family.multiple
         if config.sample.size % unit:
             raise UserError(f"--sample.size {config.sample.size}: expected a multiple of {unit}")
         self._prompts, self._references = _prompts_and_references(config)
-        text = encode_text(
-            recipe.config("t5"),
-            recipe.config("clip_text"),
-            models.frozen["t5"],
-            models.frozen["clip_text"],
-            models.tokenizers.t5(self._prompts),
-            models.tokenizers.clip(self._prompts),
-        )
+        encoders = {name: models.frozen[name] for name in family.text_encoders}
+        text = encode_text(family, encoders, models.tokenizers.ids(self._prompts))
         self._text = [jax.tree.map(lambda x, n=n: x[n : n + 1], text) for n in range(len(self._prompts))]
-        side = config.sample.size // self._vae.downsample
-        self._noise = np.asarray(jax.random.normal(jax.random.key(config.seed), (1, self._vae.z_channels, side, side)))
-        self._times = flow.schedule(config.sample.steps, (side // 2) ** 2, recipe.schedule)
+        latent = family.latent(config.sample.size, config.sample.size)
+        self._noise = np.asarray(jax.random.normal(jax.random.key(config.seed), (1, *latent)))
+        self._options = SampleOptions(
+            steps=config.sample.steps, guidance=config.sample.guidance if family.takes_guidance else None
+        )
 
     def draw(self, step: int, state: TrainState) -> None:
         """Draws the grid with the averaged weights of `state`; process 0 writes it."""
@@ -68,26 +66,17 @@ class Sampler:
 
     def _picture(self, state: TrainState, text: Any, reference: np.ndarray, text_gain: float | None) -> np.ndarray:
         recipe, frozen = self._models.recipe, self._models.frozen
-        transformer, prompt = recipe.config("transformer"), None
+        family, options, prompt = recipe.family, self._options, None
         if text_gain is not None and isinstance(recipe.adapter, DynaIPConfig):
-            vision = recipe.config("clip_vision")
-            pixels = images.clip_pixels(reference, vision.image_size)[None, None]
-            options = dict(image_gain=jnp.float32(1), text_gain=jnp.float32(text_gain))
+            pixels = images.clip_pixels(reference, family.config("clip_vision").image_size)[None, None]
+            options = dataclasses.replace(options, text_gain=text_gain)
+            told = adapter_options(options)
             prompt, _ = make_image_prompt(
-                vision, recipe.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, options
+                family, recipe.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, told
             )
-        latents, _ = denoise(
-            transformer,
-            state.ema.get("transformer", frozen.get("transformer")),
-            self._noise,
-            text,
-            prompt,
-            self._times,
-            guidance=jnp.float32(self._sample.guidance) if transformer.guidance_embed else None,
-            true_cfg=None,
-            window=jnp.array([0.0, 1.0]),
-        )
-        decoded = decode(self._vae, frozen["vae"], latents)
+        weights = Arranged(state.ema.get("transformer", frozen.get("transformer")))
+        parts = Parts(family, weights, frozen["vae"])
+        decoded = generate(parts, Conditions(text, prompt), self._noise, options).pictures
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

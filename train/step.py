@@ -16,9 +16,9 @@ import optax
 from dynaip_jax import flow
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
 from dynaip_jax.data.samples import Batch
-from dynaip_jax.families.registry import COMPONENTS
-from dynaip_jax.layers import attention as ops
-from dynaip_jax.models.flux import Flux
+from dynaip_jax.families.base import Family
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.types import TextCondition
 from train.config import OptimConfig
 
 TIME_BUCKETS = 4
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 
     moments: jax.Array  # [b, h, w, 2z] of the VAE
     states: jax.Array  # [b, t, c] of T5
-    pooled: jax.Array  # [b, c] of CLIP text
+    pooled: jax.Array | None  # [b, c] of CLIP text
     levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
 
 
@@ -40,7 +40,7 @@ class Features(NamedTuple):
     noise: jax.Array  # [b, c, h, w]
     t: jax.Array  # [b]
     states: jax.Array  # [b, t, c] of T5
-    pooled: jax.Array  # [b, c] of CLIP text
+    pooled: jax.Array | None  # [b, c] of CLIP text
     levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
     keep_image: jax.Array  # [b]: 0 where the image prompt is dropped
     granularity: jax.Array | None = (
@@ -61,9 +61,9 @@ class TrainState(NamedTuple):
 class Recipe:
     """The constants of a step (hashable: it is a static argument)."""
 
-    configs: tuple[tuple[str, Any], ...]  # component -> config, as items
+    family: Family
     adapter: DynaIPConfig | None
-    schedule: flow.ScheduleConfig
+    adapter_compute: Compute
     optim: OptimConfig
     accumulate: int
     guidance: float
@@ -72,9 +72,6 @@ class Recipe:
     time_std: float
     fixed_noise: bool
     seed: int
-
-    def config(self, name: str) -> Any:
-        return dict(self.configs)[name]
 
     def key(self, step: jax.Array, purpose: int) -> jax.Array:
         """The random key of a step; the same for all steps with `fixed_noise`."""
@@ -129,18 +126,15 @@ def init_state(optim: OptimConfig, params: dict[str, Any]) -> TrainState:
 
 def encode(recipe: Recipe, params: dict[str, Any], batch: Batch) -> Encoded:
     """The frozen encoders over a batch of pictures and token ids."""
-
-    def run(name: str, *args: Any, **options: Any) -> Any:
-        return COMPONENTS[name].module(recipe.config(name)).apply({"params": params[name]}, *args, **options)
-
+    family = recipe.family
     levels = None
     if recipe.adapter is not None:
         b, s = batch.reference.shape[:2]
         pixels = batch.reference.reshape(b * s, *batch.reference.shape[2:])
-        states, _ = run("clip_vision", pixels, layers=recipe.adapter.hmoe.levels)
+        states = family.vision(params["clip_vision"], pixels, recipe.adapter.hmoe.levels)
         levels = tuple(x.reshape(b, s, *x.shape[1:]) for x in states)
-    _, pooled = run("clip_text", batch.clip_ids)
-    return Encoded(run("vae", batch.target, method="encode"), run("t5", batch.t5_ids), pooled, levels)
+    text = family.encode_text(params, dict(t5=batch.t5_ids, clip_text=batch.clip_ids))
+    return Encoded(family.encode(params["vae"], batch.target), text.states, text.pooled, levels)
 
 
 def features_of(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
@@ -154,11 +148,10 @@ def features_of(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Ar
     b, h, w, z = encoded.moments.shape
     posterior_key, noise_key, time_key = (recipe.key(step, purpose) for purpose in (1, 2, 3))
     shape = (b, z // 2, h, w)
-    vae = COMPONENTS["vae"].module(recipe.config("vae"))
     moments = encoded.moments.astype(jnp.float32)
-    factor = recipe.schedule.factor((h // 2) * (w // 2))
+    factor = recipe.family.shift(recipe.family.tokens((h, w)))
     return Features(
-        latents=vae.apply({}, moments, jax.random.normal(posterior_key, shape), method="latents"),
+        latents=recipe.family.latents(moments, jax.random.normal(posterior_key, shape)),
         noise=jax.random.normal(noise_key, shape),
         t=flow.sample_times(time_key, b, factor, mean=recipe.time_mean, std=recipe.time_std),
         states=encoded.states,
@@ -180,12 +173,12 @@ def _granularity(recipe: Recipe, step: jax.Array, b: int) -> jax.Array:
 
 def loss(recipe: Recipe, params: dict[str, Any], features: Features) -> tuple[jax.Array, dict[str, Any]]:
     """Mean squared error of the velocity, and sums for the metrics. `params`: trained and frozen together."""
-    f, flux = features, recipe.config("transformer")
+    f, family = features, recipe.family
     b, _, h, w = f.latents.shape
-    x, target = flow.interpolate(ops.pack_latents(f.latents), ops.pack_latents(f.noise), f.t)
+    x, target = flow.interpolate(family.pack(f.latents), family.pack(f.noise), f.t)
     prompt, sums = None, {}
     if recipe.adapter is not None:
-        adapter: Any = DynaIP(recipe.adapter)
+        adapter: Any = DynaIP(recipe.adapter, recipe.adapter_compute)
         prompt, weights = adapter.apply(
             {"params": params["adapter"]},
             f.levels,
@@ -195,16 +188,13 @@ def loss(recipe: Recipe, params: dict[str, Any], features: Features) -> tuple[ja
         sums["routing"] = weights.reshape(b, -1, 3).mean(axis=1).sum(axis=0)
         sums["key_rms"] = b * _rms(prompt.double.k)
         sums["value_rms"] = b * _rms(prompt.double.v)
-    model: Any = Flux(flux)
-    velocity = model.apply(
-        {"params": params["transformer"]},
-        img=x,
-        img_ids=jnp.asarray(ops.image_ids(h, w)),
-        txt=f.states,
-        txt_ids=jnp.zeros((1, f.states.shape[1], 3)),
-        timesteps=f.t,
-        pooled=f.pooled,
-        guidance=jnp.full(b, recipe.guidance) if flux.guidance_embed else None,
+    velocity = family.velocity(
+        params["transformer"],
+        x,
+        f.t,
+        TextCondition(f.states, f.pooled),
+        (h, w),
+        guidance=jnp.full(b, recipe.guidance) if family.takes_guidance else None,
         image_prompt=prompt,
     )
     per_sample = jnp.mean((velocity - target) ** 2, axis=(1, 2))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.compiling import keep_compiled
+from dynaip_jax.sampling.options import reference_options
 from dynaip_jax.version import __version__
 
 EXAMPLES = """examples:
@@ -279,17 +280,7 @@ def sample(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     if not args.reference:
-        for name in (
-            "mask",
-            "regions",
-            "fit",
-            "image_scale",
-            "text_gain",
-            "granularity",
-            "merge",
-            "image_start",
-            "image_end",
-        ):
+        for name in ("mask", *reference_options()):
             if getattr(args, name) not in (None, []):
                 raise UserError(
                     f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG"

@@ -1,38 +1,34 @@
 """Will it fit, and how fast could it be? Compiles jitted programs for a TPU topology on a plain CPU machine, or for the devices that
 are here, and reads memory and collectives off what the compiler made.
 
-The roofline is what the chip's data sheet allows (`flops.CHIPS`), not a prediction of what will be reached.
+The roofline is what the chip's data sheet allows (`chips.CHIPS`), not a prediction of what will be reached.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dynaip_jax import flow
 from dynaip_jax.adapters.dynaip import DynaIPConfig, abstract_adapter_params
 from dynaip_jax.errors import UserError
+from dynaip_jax.families.base import Family
 from dynaip_jax.families.quantize import abstract_quantized
-from dynaip_jax.families.registry import COMPONENTS, abstract_params, config_to_dict
-from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
-from dynaip_jax.models.flux import FluxConfig
-from dynaip_jax.models.t5 import T5Config
-from dynaip_jax.models.vae import VAEConfig
-from dynaip_jax.planner import flops, hlo
+from dynaip_jax.families.registry import family_of
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.planner import chips, flops, hlo
 from dynaip_jax.runtime import layouts
 from dynaip_jax.runtime.sharding import abstract, on_host
-from dynaip_jax.sampling.pipeline import TextCondition, decode, denoising_loop, encode_text, make_image_prompt
+from dynaip_jax.sampling.conditions import encode_text, make_image_prompt
+from dynaip_jax.sampling.denoise import decode, denoising_loop
 from dynaip_jax.storage.bundle import Bundle
 
 GIB = 2**30
@@ -58,35 +54,6 @@ class Job(NamedTuple):
     images: int
 
 
-# --- models that are not here
-
-
-def published(name: str) -> Bundle | None:
-    """A bundle without weights in the published sizes of "flux-dev" or "flux-schnell"; None for another name."""
-    if name not in ("flux-dev", "flux-schnell"):
-        return None
-    transformer = FluxConfig.dev() if name == "flux-dev" else FluxConfig.schnell()
-    vision = CLIPVisionConfig.large()
-    configs = dict(
-        transformer=transformer,
-        vae=VAEConfig.flux(),
-        t5=T5Config.xxl(),
-        clip_text=CLIPTextConfig.large(),
-        clip_vision=vision,
-    )
-    schedule = dict(dynamic=name == "flux-dev")
-    steps, tokens = (28, 512) if name == "flux-dev" else (4, 256)
-    manifest = dict(
-        family="flux",
-        fingerprint="",
-        components={k: dict(config=config_to_dict(c)) for k, c in configs.items()},
-        schedule=schedule,
-        text=dict(t5_length=tokens, clip_length=77),
-        defaults=dict(steps=steps, guidance=3.5, height=1024, width=1024),
-    )
-    return Bundle(Path(name), manifest)
-
-
 def sampling(
     bundle: Bundle,
     adapter: DynaIPConfig | None,
@@ -100,75 +67,74 @@ def sampling(
 ) -> Job:
     """The programs of `dynaip sample` for `images` pictures of `size` pixels a side of one subject, in bfloat16; `weights` and
     `offload_text` as in `DynaIPPipeline.load`."""
-    half = jnp.bfloat16
-    names = ["transformer", "vae", "t5", "clip_text"] + (["clip_vision"] if adapter else [])
-    configs = {}
-    for name in names:
-        kind = jnp.float32 if name == "vae" else half
-        configs[name] = bundle.config(name, COMPONENTS[name].config, dtype=kind, param_dtype=kind)
-    configs["transformer"] = dataclasses.replace(configs["transformer"], weights=weights)
-    parts = {name: abstract(abstract_params(name, config, boxed=True), mesh) for name, config in configs.items()}
-    parts["transformer"] = abstract_quantized(configs["transformer"], parts["transformer"])
-    vae, transformer = configs["vae"], configs["transformer"]
-    side = size // vae.downsample
-    tokens = (side // 2) ** 2
-    lengths = bundle.manifest["text"]
-    shape = jax.ShapeDtypeStruct
-    ids = [shape((1, lengths[name]), jnp.int32) for name in ("t5_length", "clip_length")]
-    rows_of_text = ((1, lengths["t5_length"], transformer.context_in_dim), (1, transformer.vec_in_dim))
-    text = TextCondition._make(shape(x, half) for x in rows_of_text)
-    latents = shape((images, vae.z_channels, side, side), jnp.float32)
-    scalar = shape((), jnp.float32)
-    guidance = scalar if transformer.guidance_embed else None
-    schedule = flow.ScheduleConfig(**bundle.manifest["schedule"])
-    times = shape(flow.schedule(steps, tokens, schedule).shape, jnp.float32)
-    rows = tokens + lengths["t5_length"]
-    picture = steps * flops.transformer(transformer, tokens, lengths["t5_length"])
+    compute = Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, weights=weights)
+    family = family_of(bundle, compute, reference=adapter is not None)
+    parts = {name: abstract(family.abstract_params(name, boxed=True), mesh) for name, _ in family.configs}
+    parts["transformer"] = abstract_quantized(family, parts["transformer"])
+    encoders = {name: parts[name] for name in family.text_encoders}
+    ids = family.text_ids_spec()
+    text = jax.eval_shape(family.encode_text, encoders, ids)
+    latents = jax.ShapeDtypeStruct((images, *family.latent(size, size)), jnp.float32)
+    tokens = family.tokens(latents.shape)
+    picture = steps * family.forward_flops(tokens, family.text_rows)
     programs = [
         Program(
             "encode text",
-            lambda: encode_text.lower(configs["t5"], configs["clip_text"], parts["t5"], parts["clip_text"], *ids),
+            lambda: encode_text.lower(family, encoders, ids),
             runs=1,
-            flops=2 * lengths["t5_length"] * _count(parts["t5"]),
-            components=("t5", "clip_text"),
+            flops=2 * family.text_rows * _count(parts[family.text_encoders[0]]),
+            components=family.text_encoders,
         )
     ]
     prompt = None
     if adapter is not None:
-        parts["adapter"] = abstract(abstract_adapter_params(adapter, boxed=True), mesh)
-        vision = configs["clip_vision"]
-        pixels = shape((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
-        options = dict(image_gain=scalar, text_gain=scalar)
-        prompt, _ = make_image_prompt.eval_shape(
-            vision, adapter, parts["clip_vision"], parts["adapter"], pixels, options
-        )
-        programs.append(
-            Program(
-                "references",
-                lambda: make_image_prompt.lower(
-                    vision, adapter, parts["clip_vision"], parts["adapter"], pixels, options
-                ),
-                runs=1,
-                flops=flops.bank(adapter, vision.tokens) + 2 * vision.tokens * _count(parts["clip_vision"]),
-                components=("clip_vision", "adapter"),
-            )
-        )
-        picture += steps * flops.injection(transformer, adapter, rows, vision.tokens)
+        family = family.with_injection(adapter.injection)
+        parts["adapter"] = abstract(abstract_adapter_params(adapter, family.compute("clip_vision"), boxed=True), mesh)
+        program, prompt = _references(family, adapter, parts)
+        programs.append(program)
+        rows, reference = tokens + family.text_rows, family.config("clip_vision").tokens
+        picture += steps * flops.injection(family, adapter, rows, reference)
     programs += [
         Program(
             "denoise",
-            lambda: layouts.lower(
-                denoising_loop, configs["transformer"], parts["transformer"], (latents, text, prompt, times),
-                dict(guidance=guidance, true_cfg=None, window=shape((2,), jnp.float32)), reporting=False,
-            ),
+            lambda: _lower_denoising(family, parts["transformer"], latents, text, prompt, steps),
             runs=1,
             flops=images * picture,
             components=("transformer",),
             reads=steps,
         ),
-        Program("decode", lambda: decode.lower(vae, parts["vae"], latents), runs=1, flops=0, components=("vae",)),
-    ]  # fmt: skip
-    return Job(programs, parts | (dict(t5=on_host(parts["t5"])) if offload_text else {}), images)
+        Program("decode", lambda: decode.lower(family, parts["vae"], latents), runs=1, flops=0, components=("vae",)),
+    ]
+    offloaded = family.text_encoders[0]
+    return Job(programs, parts | ({offloaded: on_host(parts[offloaded])} if offload_text else {}), images)
+
+
+def _references(family: Family, adapter: DynaIPConfig, parts: Mapping[str, Any]) -> tuple[Program, Any]:
+    """The program that reads one reference, and the shapes of the image prompt that it makes."""
+    vision = family.config("clip_vision")
+    pixels = jax.ShapeDtypeStruct((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    args = (family, adapter, parts["clip_vision"], parts["adapter"], pixels, dict(image_gain=scalar, text_gain=scalar))
+    prompt, _ = make_image_prompt.eval_shape(*args)
+    work = flops.bank(adapter, vision.tokens) + 2 * vision.tokens * _count(parts["clip_vision"])
+    program = Program(
+        "references", lambda: make_image_prompt.lower(*args), runs=1, flops=work, components=("clip_vision", "adapter")
+    )
+    return program, prompt
+
+
+def _lower_denoising(family: Family, params: Any, latents: Any, text: Any, prompt: Any, steps: int) -> Any:
+    """The denoising loop of latents `[b, c, h, w]`, lowered."""
+    scalar, window = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (2,)))
+    times = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
+    options = dict(
+        guidance=scalar if family.takes_guidance else None,
+        true_cfg=None,
+        window=window,
+        cache_threshold=None,
+        ticket=None,
+    )
+    return layouts.lower(denoising_loop, family, params, (latents, text, prompt, times), options)
 
 
 # --- compiling and reading
@@ -211,7 +177,7 @@ def make(job: Job, mesh: Mesh) -> dict[str, Any]:
     """Compiles a job's programs and reports on them; see `text` for what is in it. `fits` is whether the device's memory, if
     known, holds everything; `problem` names what does not."""
     kind = mesh.devices.flat[0].device_kind
-    chip = flops.chip(kind)
+    chip = chips.chip(kind)
     components = {
         name: dict(parameters=_count(tree), bytes_per_chip=_bytes_per_chip(tree))
         for name, tree in job.components.items()
@@ -275,7 +241,7 @@ def make(job: Job, mesh: Mesh) -> dict[str, Any]:
 
 
 def _roofline(
-    program: Program, read: int, found: dict[str, Any], count: int, chip: flops.Chip | None
+    program: Program, read: int, found: dict[str, Any], count: int, chip: chips.Chip | None
 ) -> dict[str, Any]:
     """Seconds of one run by products, memory (arguments read as often as the program says) and links, and the longest of them."""
     if chip is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import jax
@@ -21,29 +22,50 @@ def lower(
     params: Any,
     args: tuple[Any, ...],
     options: dict[str, Any],
-    **static: Hashable,
 ) -> jax.stages.Lowered:
-    """`function(config, params, *args, **options, **static)` lowered for `params` in any layout; only their shapes and shardings are
-    looked at. What `compile()` makes of it is called with (params as from `arranged`, (args, options))."""
+    """`function(config, params, *args, **options)` lowered for `params` in any layout; only their shapes and shardings are looked at.
+    What `compile()` makes of it is called with (params in its layouts, (args, options))."""
     leaves, structure = jax.tree.flatten(params)
-    jitted = _jitted(function, config, tuple(static.items()), structure, tuple(x.sharding for x in leaves))
+    jitted = _jitted(function, config, structure, tuple(x.sharding for x in leaves))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
     return jitted.lower(jax.tree.unflatten(structure, shapes), (args, options))
 
 
-def arranged(program: jax.stages.Compiled, params: Any) -> Any:
-    """`params` in the layouts in which `program`, as from `lower`, takes them. Arrays that are copied for it are given up."""
-    (formats, _), _ = program.input_formats
-    return jax.tree.map(lambda x, f: x if x.format == f else jax.device_put(x, f, donate=True), params, formats)
+class Arranged:
+    """Parameters in the layouts that their program wants. Threads may share one; arrays that others hold stay as they are."""
+
+    def __init__(self, params: Any):
+        self._leaves, self._structure = jax.tree.flatten(params)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self._leaves]
+        self._shapes, self._lock = jax.tree.unflatten(self._structure, shapes), Lock()
+
+    @property
+    def params(self) -> Any:
+        """The tree, in the layouts of the last program."""
+        with self._lock:
+            return jax.tree.unflatten(self._structure, self._leaves)
+
+    def run(
+        self, function: Callable[..., Any], config: Hashable, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """`function(config, params, *args, **options)`, compiled for these shapes."""
+        program = lower(function, config, self._shapes, args, options).compile()
+        (formats, _), _ = program.input_formats
+        with self._lock:
+            for n, wanted in enumerate(jax.tree.leaves(formats)):  # one by one: no more than one array is there twice
+                if self._leaves[n].format != wanted:
+                    self._leaves[n] = jax.device_put(self._leaves[n], wanted)
+            params = jax.tree.unflatten(self._structure, self._leaves)
+        return program(params, (args, options))
 
 
 @lru_cache
-def _jitted(function: Callable[..., Any], config: Hashable, static: tuple, structure: Any, shardings: tuple) -> Any:
+def _jitted(function: Callable[..., Any], config: Hashable, structure: Any, shardings: tuple) -> Any:
     """One object for the same arguments, so that JAX finds again what it has compiled."""
 
     def run(params: Any, rest: Any) -> Any:
         args, options = rest
-        return function(config, params, *args, **options, **dict(static))
+        return function(config, params, *args, **options)
 
     run.__name__ = function.__name__  # of the program
     formats = jax.tree.unflatten(structure, [Format(Layout.AUTO, x) for x in shardings])

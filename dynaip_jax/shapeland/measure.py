@@ -22,18 +22,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageFilter
 
-from dynaip_jax import flow
 from dynaip_jax.errors import UserError
 from dynaip_jax.images import files as images
-from dynaip_jax.sampling.pipeline import DynaIPPipeline, decode, denoise
+from dynaip_jax.sampling.conditions import Conditions, adapter_options, reference_pixels
+from dynaip_jax.sampling.denoise import generate
+from dynaip_jax.sampling.options import SampleOptions
+from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland import world as synthetic
 from dynaip_jax.shapeland.judge import Verdict, judge
 from dynaip_jax.shapeland.world import BACKGROUNDS, CLASSES, POSITIONS, SIZE, Scene
+from dynaip_jax.types import ImagePrompt
 
 SUBJECTS = (1, 2, 3)
 BATCH = 64  # cases sampled at once
@@ -264,46 +266,46 @@ def _pasted(references: np.ndarray) -> np.ndarray:
 
 def _sample(pipe: DynaIPPipeline, cases: Cases, setting: Setting, seed: int, some: np.ndarray) -> np.ndarray:
     """uint8 `[b, H, W, 3]` of the cases whose numbers are in `some`, with the bundle's own defaults."""
-    transformer, vae = pipe.configs["transformer"], pipe.configs["vae"]
+    family = pipe.family
     scenes = [cases.scenes[n] for n in some]
     prompts = [synthetic.caption(scene) for scene in scenes]
+    used = SampleOptions(
+        image_scale=setting.image_scale,
+        text_gain=setting.text_gain,
+        granularity=setting.granularity,
+        merge=setting.merge,
+    ).filled(pipe.defaults, multiple=family.multiple, takes_guidance=family.takes_guidance)
     image_prompt = None
     if setting.source == "adapter":
-        size = pipe.configs["clip_vision"].image_size
-        pixels = np.stack([[images.clip_pixels(r, size) for r in cases.references[n]] for n in some])
-        options: dict[str, Any] = dict(
-            image_gain=setting.image_scale, text_gain=setting.text_gain, granularity=setting.granularity
-        )
-        if pixels.shape[1] > 1 and setting.region == "auto":
-            names = [[s.kind for s in scene.subjects] for scene in scenes]
-            options["words"] = np.stack([pipe.tokenizers.t5_words(p, n) for p, n in zip(prompts, names, strict=True)])
-        if pixels.shape[1] > 1 and setting.region == "given":
-            options["region"] = np.stack([images.regions(_grown(cases.masks[n]), 2 * vae.downsample) for n in some])
-        image_prompt, _ = pipe.image_prompt(pixels, **options)
-        if setting.double_only:
-            first_single = transformer.depth
-            image_prompt = image_prompt._replace(
-                image_gain=image_prompt.image_gain.at[first_single:].set(0),
-                text_gain=image_prompt.text_gain.at[first_single:].set(0),
-            )
-        if setting.merge is not None:
-            transformer = dataclasses.replace(transformer, reference_merge=setting.merge)
+        image_prompt = _image_prompt(pipe, cases, setting, used, some, prompts)
+    if setting.merge is not None:
+        family = family.with_injection(dataclasses.replace(family.injection, merge=setting.merge))
+    negative = [] if used.negative_prompt is None else [used.negative_prompt] * len(prompts)
+    conditions = Conditions(pipe.encode_text(prompts + negative), image_prompt)
+    noise = _noise(seed, some, family.latent(SIZE, SIZE))
+    return images.to_uint8(generate(pipe.parts._replace(family=family), conditions, noise, used).pictures)
 
-    cfg = pipe.defaults.get("true_cfg")
-    latent = (vae.z_channels, SIZE // vae.downsample, SIZE // vae.downsample)
-    tokens = (latent[1] // 2) * (latent[2] // 2)
-    latents, _ = denoise(
-        transformer,
-        pipe.params["transformer"],
-        _noise(seed, some, latent),
-        pipe.encode_text(prompts + [""] * (0 if cfg is None else len(prompts))),
-        image_prompt,
-        jnp.asarray(flow.schedule(pipe.defaults["steps"], tokens, pipe.schedule)),
-        guidance=jnp.float32(pipe.defaults["guidance"]) if transformer.guidance_embed else None,
-        true_cfg=None if cfg is None else jnp.float32(cfg),
-        window=jnp.array([0.0, 1.0], jnp.float32),
+
+def _image_prompt(
+    pipe: DynaIPPipeline, cases: Cases, setting: Setting, used: SampleOptions, some: np.ndarray, prompts: list[str]
+) -> ImagePrompt:
+    """The references of the cases `some`, as a row of the table uses them."""
+    size = pipe.family.config("clip_vision").image_size
+    pixels = np.stack([reference_pixels(list(cases.references[n]), size, used.fit) for n in some])
+    places: dict[str, Any] = {}
+    if pixels.shape[1] > 1 and setting.region == "auto":
+        names = [[s.kind for s in cases.scenes[n].subjects] for n in some]
+        places["words"] = np.stack([pipe.tokenizers.words(p, n) for p, n in zip(prompts, names, strict=True)])
+    if pixels.shape[1] > 1 and setting.region == "given":
+        places["region"] = np.stack([images.regions(_grown(cases.masks[n]), pipe.family.multiple) for n in some])
+    image_prompt, _ = pipe.image_prompt(pixels, **adapter_options(used, **places))
+    if not setting.double_only:
+        return image_prompt
+    first_single = pipe.family.sites.double
+    return image_prompt._replace(
+        image_gain=image_prompt.image_gain.at[first_single:].set(0),
+        text_gain=image_prompt.text_gain.at[first_single:].set(0),
     )
-    return images.to_uint8(decode(vae, pipe.params["vae"], latents))
 
 
 def _noise(seed: int, some: np.ndarray, latent: tuple[int, int, int]) -> jax.Array:

@@ -2,14 +2,12 @@
 
 import json
 import re
-from dataclasses import asdict
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dynaip_jax.families.registry import config_to_dict, init_params
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
@@ -18,8 +16,9 @@ from dynaip_jax.shapeland import world as synthetic
 from dynaip_jax.shapeland.judge import Verdict, init_judge
 from dynaip_jax.shapeland.world import BACKGROUNDS, CLASSES
 from dynaip_jax.storage.bundle import NewComponent, flatten, read_tree, write_bundle
+from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.testing import make_adapter
-from train.shapeland.stages import CONFIGS, TOKENS, write_tokenizers
+from train.shapeland.stages import CONFIGS, FAMILY, TOKENS, write_tokenizers
 
 KEYS = {"name", "subjects", "n", "cp", "pf", "cp_pf", "cp_ci", "pf_ci", "cp_pf_ci"}
 
@@ -44,11 +43,11 @@ def model(tmp_path_factory):
 
     def components():
         for name, config in CONFIGS.items():
-            params = jax.tree.map(np.asarray, init_params(name, config, jax.random.key(0)))
-            yield NewComponent(name, config_to_dict(config), params, [dict(made_from="seed 0")])
+            params = jax.tree.map(np.asarray, FAMILY.init_params(name, jax.random.key(0)))
+            yield NewComponent(name, to_dict(config), params, [dict(made_from="seed 0")])
 
     write_bundle(
-        folder / "bundle", components(), family="flux", schedule=asdict(ScheduleConfig()), text=TOKENS,
+        folder / "bundle", components(), family="flux", schedule=to_dict(ScheduleConfig()), text=TOKENS,
         defaults=dict(steps=4, true_cfg=2.0, height=64, width=64), tokenizers=write_tokenizers(folder / "words"),
     )  # fmt: skip
     make_adapter(folder / "adapter", folder / "bundle")

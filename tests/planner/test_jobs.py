@@ -6,6 +6,8 @@ import re
 import jax
 import pytest
 
+from dynaip_jax.families.flux import Flux1
+from dynaip_jax.families.registry import published
 from dynaip_jax.planner import flops
 from dynaip_jax.planner import jobs as plan
 from tests.train.runs import RECIPE
@@ -93,11 +95,11 @@ def test_other_commands_take_no_fields(dynaip):
 
 def test_published_sizes():
     """Parameters of FLUX.1-dev's parts; 11.9 B and 4.8 B are those of the published checkpoints."""
-    bundle = plan.published("flux-dev")
+    bundle = published("flux-dev")
     sizes = {}
     for name in ("transformer", "t5"):
-        component = plan.COMPONENTS[name]
-        tree = plan.abstract_params(name, bundle.config(name, component.config))
+        component = Flux1.components[name]
+        tree = component.abstract(bundle.config(name, component.config))
         sizes[name] = sum(x.size for x in jax.tree.leaves(tree))
     assert sizes == dict(transformer=11_901_408_320, t5=4_762_310_656)
     assert plan.published("sd3") is None

@@ -35,14 +35,16 @@ def test_no_copy_of_the_weights_on_a_tpu():
 
 
 def test_weights_move_to_the_layout_and_are_the_same():
+    """They are copied for the program once, and whoever holds the originals keeps them."""
     rng = np.random.default_rng(0)
     values, x = rng.normal(size=(2, 24, 3, 4, 6)).astype(np.float32), jnp.asarray(rng.normal(size=(5, 24)), jnp.float32)
     other = jax.device_put(values, Format(Layout((0, 2, 3, 1, 4)), jax.sharding.SingleDeviceSharding(jax.devices()[0])))
-    given = dict(kernel=other)
-    program = layouts.lower(attend, 0.1, given, (x,), dict(), steps=2).compile()
-    placed = layouts.arranged(program, given)
-    assert placed["kernel"] is not other and other.is_deleted()
-    np.testing.assert_array_equal(placed["kernel"], values)
-    assert layouts.arranged(program, placed)["kernel"] is placed["kernel"]
-    found, expected = program(placed, ((x,), {})), attend(0.1, dict(kernel=values), x, steps=2)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    weights = layouts.Arranged(dict(kernel=other))
+    result = weights.run(attend, 0.1, (x,), {})
+    placed = weights.params["kernel"]
+    assert placed.format != other.format
+    for kernel in (placed, other):
+        np.testing.assert_array_equal(kernel, values)
+    weights.run(attend, 0.1, (x,), {})
+    assert weights.params["kernel"] is placed
+    np.testing.assert_allclose(result, attend(0.1, dict(kernel=values), x), rtol=1e-6)

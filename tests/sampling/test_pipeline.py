@@ -1,6 +1,5 @@
 """The pipeline on the embedded tiny model: what each option does, and what it must not do."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -10,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynaip_jax.adapters.dynaip import DynaIPConfig, adapter_to_dict, init_adapter_params
+from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.quantize import quantized
 from dynaip_jax.sampling import pipeline
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.bundle import Bundle, write_adapter
+from dynaip_jax.storage.codec import to_dict
 
 SIZE = dict(steps=3, height=32, width=48)
 
@@ -51,10 +51,10 @@ def test_scale_zero_is_the_base_bit_for_bit(pipe, plain):
 
 
 def test_a_fresh_adapter_is_the_base_bit_for_bit(tiny, base, plain, tmp_path):
-    config = DynaIPConfig.for_base(base.configs["transformer"], 32, hmoe=dict(levels=(2, 3, 4)), blocks="all")
+    config = DynaIPConfig.for_base(base.family.sites, 32, hmoe=dict(levels=(2, 3, 4)), blocks="all")
     params = jax.tree.map(np.asarray, init_adapter_params(config, jax.random.key(0)))
     identity = dict(family="flux", fingerprint=base.bundle.fingerprint)
-    write_adapter(tmp_path / "fresh", adapter_to_dict(config), params, base=identity, step=0, conventions={})
+    write_adapter(tmp_path / "fresh", to_dict(config), params, base=identity, step=0, conventions={})
     fresh = DynaIPPipeline.load(tiny[0], tmp_path / "fresh")
     np.testing.assert_array_equal(draw(fresh, photographs()[0], text_gain=1.0), plain)
 
@@ -138,10 +138,10 @@ def test_words_decide_where_subjects_go(pipe):
 def test_words_and_regions_that_do_not_fit(pipe):
     photos = photographs()
     for options, message in (
-        (dict(words=["cat"]), "--subject: words for 1 subjects and 2 references"),
-        (dict(words=["cat", ""]), "--regions auto: 1 of 2 references have words.*--subject IMG=WORDS"),
-        (dict(regions="auto"), "--regions auto: 0 of 2 references"),
-        (dict(regions="all"), "--regions all: expected auto or none"),
+        (dict(words=["cat"]), "`words`: words for 1 subjects and 2 references"),
+        (dict(words=["cat", ""]), "`regions` auto: 1 of 2 references have words.*with `words`"),
+        (dict(regions="auto"), "`regions` auto: 0 of 2 references"),
+        (dict(regions="all"), "`regions` all: expected auto or none"),
         (dict(words=["cat", "cat"]), "'cat' stand in the prompt 1 time"),
     ):
         with pytest.raises(UserError, match=message):
@@ -182,7 +182,7 @@ def test_prompts_of_a_batch_are_drawn_as_each_alone(pipe):
     for found, expected in zip(batch.images, alone, strict=True):
         np.testing.assert_allclose(np.asarray(found, int), np.asarray(expected, int), atol=1)
     assert np.abs(np.asarray(alone[0], int) - np.asarray(alone[2], int)).max() > 4
-    with pytest.raises(UserError, match="--prompt: none given"):
+    with pytest.raises(UserError, match="`prompt`: none given"):
         pipe([], photographs(), **SIZE)
 
 
@@ -203,7 +203,7 @@ def test_a_base_can_ask_for_true_cfg(base, plain, monkeypatch):
     """Its bundle's defaults say so: it then steers away from the empty prompt, unless told otherwise."""
     explicit = draw(base, negative_prompt="", true_cfg=3.0)
     other = draw(base, negative_prompt="a dog", true_cfg=3.0)
-    monkeypatch.setitem(base.defaults, "true_cfg", 3.0)
+    monkeypatch.setitem(base.bundle.manifest["defaults"], "true_cfg", 3.0)
     np.testing.assert_array_equal(draw(base), explicit)
     np.testing.assert_array_equal(draw(base, negative_prompt="a dog"), other)
     np.testing.assert_array_equal(draw(base, true_cfg=1.0), plain)
@@ -217,9 +217,9 @@ def test_bfloat16_draws_about_the_same(tiny, plain):
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights, monkeypatch):
-    def from_the_host(config, params):
+    def from_the_host(family, params):
         assert {x.sharding.memory_kind for x in jax.tree.leaves(params)} == {"pinned_host"}
-        return quantized(config, params)
+        return quantized(family, params)
 
     monkeypatch.setattr(pipeline, "quantized", from_the_host)
     small = DynaIPPipeline.load(*tiny, weights=weights, offload_text=True)
@@ -234,16 +234,16 @@ def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights, monkeypatch)
 def test_eight_bit_weights_without_qwix_or_of_another_kind(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     monkeypatch.setattr(Bundle, "load", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UserError, match="--weights: 8-bit weights need qwix, which is not here; pip install qwix"):
+    with pytest.raises(UserError, match="`weights`: 8-bit weights need qwix, which is not here; pip install qwix"):
         DynaIPPipeline.load(*tiny, weights="int8")
-    with pytest.raises(UserError, match="--weights int4: expected one of full, int8, fp8"):
+    with pytest.raises(UserError, match="`weights` int4: expected one of full, int8, fp8"):
         DynaIPPipeline.load(*tiny, weights="int4")
 
 
 def test_weights_are_rounded_a_channel_and_a_block_at_a_time(pipe):
-    config = dataclasses.replace(pipe.configs["transformer"], weights="int8")
+    family = pipe.family.with_compute("transformer", weights="int8")
     blocks = dict(pipe.params["transformer"])
-    kernel = quantized(config, dict(blocks))["single_blocks"]["mlp_in"]["kernel"].array
+    kernel = quantized(family, dict(blocks))["single_blocks"]["mlp_in"]["kernel"].array
     full = np.asarray(blocks["single_blocks"]["mlp_in"]["kernel"])
     scale = np.abs(full).max(axis=1, keepdims=True) / 127.5
     assert kernel.qvalue.dtype == np.int8
@@ -262,7 +262,7 @@ def test_steps_from_the_cache(tiny, pipe):
     assert 0 < np.abs(pictures[9.0] - pictures[None]).mean() < 40
     small = DynaIPPipeline.load(*tiny, weights="int8")
     assert small("a cat", photographs()[:1], cache_threshold=9.0, **options).settings["cached_steps"] == 5
-    with pytest.raises(UserError, match="--cache-threshold 0: expected a positive number, such as 0.1"):
+    with pytest.raises(UserError, match="`cache_threshold` 0: expected a positive number, such as 0.1"):
         draw(pipe, photographs()[0], cache_threshold=0)
 
 
@@ -274,16 +274,16 @@ def test_what_would_be_cut_from_a_prompt_is_said(base):
 
 
 def test_an_adapter_without_references_and_the_reverse(pipe, base):
-    with pytest.raises(UserError, match="--adapter: no reference"):
+    with pytest.raises(UserError, match="`adapter`: no reference"):
         draw(pipe)
-    with pytest.raises(UserError, match="--reference: no adapter"):
+    with pytest.raises(UserError, match="`references`: no adapter"):
         draw(base, photographs()[0])
-    with pytest.raises(UserError, match="--merge mean: expected sum or concat"):
+    with pytest.raises(UserError, match="`merge` mean: expected sum or concat"):
         draw(pipe, photographs()[0], merge="mean")
 
 
 def test_weights_that_are_not_finite_are_named(base):
-    broken = DynaIPPipeline(base.bundle, base.configs, dict(base.params), base.tokenizers, None)
-    broken.params["vae"] = jax.tree.map(lambda x: x * np.nan, base.params["vae"])
+    params = dict(base.params) | dict(vae=jax.tree.map(lambda x: x * np.nan, base.params["vae"]))
+    broken = DynaIPPipeline(base.bundle, base.family, params, base.tokenizers, None)
     with pytest.raises(UserError, match="weights of vae hold NaN"):
         draw(broken)

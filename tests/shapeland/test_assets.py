@@ -10,14 +10,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.registry import FAMILIES, init_params
+from dynaip_jax.families.registry import open_bundle
 from dynaip_jax.images.files import read_settings
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
-from dynaip_jax.storage.bundle import Bundle, flatten, read_tree
-from train.shapeland.stages import CONFIGS, DONE, KEPT, STAGES, WEIGHTS, fit, main
+from dynaip_jax.storage.bundle import flatten, read_tree
+from train.shapeland.stages import DONE, FAMILY, KEPT, STAGES, WEIGHTS, fit, main
 
 CASES = 64
 
@@ -100,12 +100,12 @@ def test_a_loop_that_was_cut_off_goes_on(tmp_path):
 
 
 def test_going_on_starts_from_the_package_with_another_t5(tmp_path):
-    fresh = init_params("t5", CONFIGS["t5"], jax.random.key(7))
+    fresh = FAMILY.init_params("t5", jax.random.key(7))
     (tmp_path / "text").mkdir()
     save_file({k: np.asarray(v) for k, v in flatten(fresh).items()}, tmp_path / "text" / WEIGHTS)
     main(["--workdir", str(tmp_path), "--go-on", "--stages", "encoders"])
     assert json.loads((tmp_path / "encoders" / DONE).read_text())["seconds"] >= 0
-    own = Bundle.open(default.paths()[0], FAMILIES)
+    own = open_bundle(default.paths()[0])
     pipe = DynaIPPipeline.load(tmp_path / "encoders" / "bundle")
     assert pipe.bundle.fingerprint == own.fingerprint
     for name, x in flatten(pipe.params["t5"]).items():

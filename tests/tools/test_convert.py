@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dynaip_jax.commandline import run_cli
-from dynaip_jax.families.registry import COMPONENTS, FAMILIES, abstract_params
+from dynaip_jax.families.registry import FAMILIES
 from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.storage.bundle import Bundle
@@ -17,6 +17,7 @@ from tests.conftest import FIXTURES
 from tools.convert_torch_weights import engine, flux, vae
 from tools.convert_torch_weights.__main__ import main
 
+COMPONENTS = FAMILIES["flux"].components
 HEAD = FluxConfig(
     in_channels=64, out_channels=64, vec_in_dim=24, context_in_dim=20, hidden_size=128, num_heads=1, depth=1, depth_single_blocks=2
 )  # fmt: skip
@@ -49,7 +50,7 @@ def test_single_files_keep_their_values_and_precision(single_files, tmp_path, ca
     config = bundle.config("transformer", FluxConfig)
     assert config == HEAD
     assert bundle.manifest["components"]["transformer"]["dtype"] == "bfloat16"
-    stored = bundle.load("transformer", abstract_params("transformer", config))
+    stored = bundle.load("transformer", COMPONENTS["transformer"].abstract(config))
     source = {
         n.removeprefix("model.diffusion_model."): np.asarray(x, np.float32) for n, x in load_file(transformer).items()
     }
@@ -73,7 +74,7 @@ def test_staged_leaves_are_the_same_and_leave_nothing_behind(single_files, tmp_p
     monkeypatch.setattr("tools.convert_torch_weights.__main__.STAGING_FROM", 1)
     assert convert("--source", single_files[1], "--out", tmp_path / "staged") == 0
     config = Bundle.open(tmp_path / "plain", FAMILIES).config("vae", VAEConfig)
-    target = abstract_params("vae", config)
+    target = COMPONENTS["vae"].abstract(config)
     trees = [Bundle.open(tmp_path / n, FAMILIES).load("vae", target) for n in ("plain", "staged")]
     jax.tree.map(np.testing.assert_array_equal, *trees)
     names = {p.name for p in tmp_path.iterdir()}

@@ -19,9 +19,9 @@ def config(tiny):
 def test_query_and_merge_reach_adapter_and_transformer(config):
     chosen = config_.override(config, ["--adapter.query", "after_rope", "--adapter.merge", "concat"])
     recipe = models.make_recipe(chosen, models.open_bundle(chosen))
-    transformer = recipe.config("transformer")
+    injection = recipe.family.injection
     assert (recipe.adapter.query, recipe.adapter.merge) == ("after_rope", "concat")
-    assert (transformer.reference_query, transformer.reference_merge) == ("after_rope", "concat")
+    assert (injection.query, injection.merge) == ("after_rope", "concat")
 
 
 def test_an_older_run_goes_on_with_the_defaults(config, tmp_path):

@@ -12,11 +12,13 @@ import pytest
 from dynaip_jax import flow
 from dynaip_jax.adapters.dynaip import DynaIPConfig
 from dynaip_jax.families.registry import FAMILIES
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.flux import Flux, FluxConfig
-from dynaip_jax.planner import flops
+from dynaip_jax.planner import chips, flops
 from dynaip_jax.runtime.sharding import MeshConfig, make_mesh
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.bundle import Bundle
+from dynaip_jax.testing import tiny_family
 from tests.train.runs import tiny_recipe
 from train import assemble as models
 from train.config import OptimConfig
@@ -277,15 +279,14 @@ def test_encoders_make_what_the_step_reads(config, setup):
 
 def test_flops_are_those_xla_counts_in_one_unrolled_block():
     """The formula against XLA's own count, where it counts all: one block of each kind, no scan to miscount."""
-    c = FluxConfig.tiny(
-        hidden_size=128, num_heads=2, axes_dim=(16, 24, 24), depth=1, depth_single_blocks=1, attention="xla"
-    )
-    spec = Flux.inputs_spec(c, 1, 64, 32)
-    params = jax.eval_shape(Flux(c).init, jax.random.key(0), **spec)
-    counted = jax.jit(Flux(c).apply).lower(params, **spec).compile().cost_analysis()["flops"]
-    assert flops.transformer(c, 64, 32) == pytest.approx(counted, rel=0.08)
-    adapter = DynaIPConfig.for_base(c, 32)
-    frozen, free = (flops.training_step(c, adapter, 64, 32, 17, base_trained=b) for b in (False, True))
-    assert free - frozen == flops.transformer(c, 64, 32)
-    assert flops.chip("NVIDIA H100 80GB HBM3").flops == 989e12 and flops.chip("cpu") is None
-    assert flops.chip("TPU v5 lite").flops < flops.chip("TPU v5").flops
+    c = FluxConfig.tiny(hidden_size=128, num_heads=2, axes_dim=(16, 24, 24), depth=1, depth_single_blocks=1)
+    spec, flux = Flux.inputs_spec(c, 1, 64, 32), Flux(c, Compute(attention="xla"))
+    params = jax.eval_shape(flux.init, jax.random.key(0), **spec)
+    counted = jax.jit(flux.apply).lower(params, **spec).compile().cost_analysis()["flops"]
+    family = tiny_family(text=dict(t5_length=32), transformer=c)
+    assert family.forward_flops(64, 32) == pytest.approx(counted, rel=0.08)
+    adapter = DynaIPConfig.for_base(family.sites, 32)
+    frozen, free = (flops.training_step(family, adapter, 64, base_trained=b) for b in (False, True))
+    assert free - frozen == family.forward_flops(64, 32)
+    assert chips.chip("NVIDIA H100 80GB HBM3").flops == 989e12 and chips.chip("cpu") is None
+    assert chips.chip("TPU v5 lite").flops < chips.chip("TPU v5").flops

@@ -18,9 +18,9 @@ import numpy as np
 
 from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.registry import config_to_dict
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.storage.bundle import NewComponent, reserve, sha256_of, write_bundle
+from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.storage.tensors import TensorFile
 from tools.convert_torch_weights import clip, flux, t5, vae
 
@@ -129,7 +129,7 @@ def _converted(components: Mapping[str, Source], out: Path, dtype: str) -> Itera
             options = dict(empty=empty) if dtype == "keep" else dict(empty=empty, dtype=np.dtype(dtype))
             params = source.convert(source.tensors, source.config, **options)
             provenance = [dict(file=f.name, sha256=sha256_of(f)) for f in source.files]
-            yield NewComponent(name, config_to_dict(source.config), params, provenance)
+            yield NewComponent(name, to_dict(source.config), params, provenance)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +29,12 @@ from dynaip_jax.commandline import Parser
 from dynaip_jax.data.records import write_dataset
 from dynaip_jax.data.samples import DataConfig
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.registry import COMPONENTS, FAMILIES, config_to_dict, init_params
+from dynaip_jax.families.flux import Flux1
+from dynaip_jax.families.registry import open_bundle
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.images import files as images
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.t5 import T5Config
@@ -44,7 +45,6 @@ from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
 from dynaip_jax.shapeland.judge import Judge, init_judge
 from dynaip_jax.storage.bundle import (
-    Bundle,
     NewComponent,
     flatten,
     read_tree,
@@ -52,6 +52,7 @@ from dynaip_jax.storage.bundle import (
     replacing,
     write_bundle,
 )
+from dynaip_jax.storage.codec import to_dict
 from train.cache import cache
 from train.checkpoint import Checkpoints
 from train.config import AdapterChoices, OptimConfig, TrainConfig
@@ -80,6 +81,10 @@ CONFIGS: dict[str, Any] = dict(
         depth_single_blocks=2, axes_dim=(8, 12, 12), guidance_embed=False,
     ),
 )  # fmt: skip
+
+FAMILY = Flux1(
+    tuple(CONFIGS.items()), tuple((name, Compute()) for name in CONFIGS), ScheduleConfig(), tuple(TOKENS.items())
+)
 
 DATA = DataConfig(resolution=64, aspects=("1:1",), clip_size=64, crop_reference=0.85, workers=0)
 BASE = TrainConfig(
@@ -249,8 +254,7 @@ def train_vae(folder: Path, seed: int) -> None:
     pictures, which a base model learns sooner.
     """
     pictures = np.stack(_in_processes(partial(_image, seed), 8000))
-    config = CONFIGS["vae"]
-    module = COMPONENTS["vae"].module(config)
+    module = FAMILY.module("vae")
 
     def halved(x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
@@ -280,7 +284,7 @@ def train_vae(folder: Path, seed: int) -> None:
         top, left = rng.integers(0, 33, (2, len(some)))
         return np.stack([x[t : t + 32, s : s + 32] for x, t, s in zip(some, top, left, strict=True)])
 
-    params = init_params("vae", config, jax.random.key(seed))
+    params = FAMILY.init_params("vae", jax.random.key(seed))
     params = fit(folder / "quarters", params, loss, partial(batch_of, whole=False), VAE_STEPS[0], 2e-3, seed)
     params = fit(folder / "whole", params, loss, partial(batch_of, whole=True), VAE_STEPS[1], 6e-4, seed)
     moments = jax.jit(lambda x: module.apply({"params": params}, _unit(x), method="encode"))(pictures[:512])
@@ -306,7 +310,7 @@ def train_text(folder: Path, seed: int) -> None:
     tokenizers = _load_tokenizers()
     captions = _in_processes(partial(_caption, seed), 20_000)
     ids = tokenizers.t5(captions)
-    module = COMPONENTS["t5"].module(CONFIGS["t5"])
+    module = FAMILY.module("t5")
 
     def loss(params, batch, key):
         words = batch >= len(SPECIAL)
@@ -327,7 +331,7 @@ def train_text(folder: Path, seed: int) -> None:
         str(offset): jax.random.normal(key, (CONFIGS["t5"].d_model, len(WORDS))) * 0.05
         for offset, key in zip(NEAR, keys, strict=True)
     }
-    params = dict(t5=init_params("t5", CONFIGS["t5"], jax.random.key(seed)), heads=heads)
+    params = dict(t5=FAMILY.init_params("t5", jax.random.key(seed)), heads=heads)
     params = fit(
         folder / "run", params, loss, lambda step: ids[_order(seed, step, len(ids), 128)], T5_STEPS, 4e-3, seed
     )
@@ -349,7 +353,7 @@ def train_clip(folder: Path, seed: int) -> None:
     tokenizers = _load_tokenizers()
     pictures, texts = zip(*_in_processes(partial(_described, seed), 16_000), strict=True)
     pixels, ids = np.stack(pictures), tokenizers.clip(texts)
-    vision, text = (COMPONENTS[name].module(CONFIGS[name]) for name in ("clip_vision", "clip_text"))
+    vision, text = (FAMILY.module(name) for name in ("clip_vision", "clip_text"))
     last = (CONFIGS["clip_vision"].num_hidden_layers,)
 
     def loss(params, batch, key):
@@ -365,7 +369,7 @@ def train_clip(folder: Path, seed: int) -> None:
 
     keys = jax.random.split(jax.random.key(seed), 4)
     params: dict[str, Any] = {
-        name: init_params(name, CONFIGS[name], k) for name, k in zip(("clip_vision", "clip_text"), keys, strict=False)
+        name: FAMILY.init_params(name, k) for name, k in zip(("clip_vision", "clip_text"), keys, strict=False)
     }
     params |= {
         name: jax.random.normal(k, (128, 96)) * 128**-0.5 for name, k in zip(("see", "read"), keys[2:], strict=True)
@@ -478,16 +482,16 @@ def write_encoders(folder: Path, seed: int) -> None:
     def components() -> Iterator[NewComponent]:
         for name, config in CONFIGS.items():
             config = dataclasses.replace(config, **scale) if name == "vae" else config
-            params = trained.get(name) or init_params(name, config, jax.random.key(seed))
+            params = trained.get(name) or FAMILY.init_params(name, jax.random.key(seed))
             params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(SHIPPED)), params)
-            yield NewComponent(name, config_to_dict(config), params, [dict(made_by=f"train.shapeland, seed {seed}")])
+            yield NewComponent(name, to_dict(config), params, [dict(made_by=f"train.shapeland, seed {seed}")])
 
     with tempfile.TemporaryDirectory() as work:
         write_bundle(
             folder / "bundle",
             components(),
             family="flux",
-            schedule=asdict(ScheduleConfig()),
+            schedule=to_dict(ScheduleConfig()),
             text=TOKENS,
             defaults=dict(steps=16, true_cfg=TRUE_CFG, height=synthetic.SIZE, width=synthetic.SIZE),
             tokenizers=write_tokenizers(Path(work)),
@@ -500,8 +504,8 @@ def keep_encoders(folder: Path, seed: int) -> None:
     params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(SHIPPED)), read_tree(folder.parent / "text" / WEIGHTS))
     origin = dict(made_by=f"train.shapeland --go-on, seed {seed}")
     replace_component(
-        Bundle.open(default.paths()[0], FAMILIES), folder / "bundle", "t5", params, origin,
-        config=config_to_dict(CONFIGS["t5"]), overwrite=True,
+        open_bundle(default.paths()[0]), folder / "bundle", "t5", params, origin,
+        config=to_dict(CONFIGS["t5"]), overwrite=True,
     )  # fmt: skip
 
 
