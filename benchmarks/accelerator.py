@@ -101,17 +101,24 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from dynaip_jax import flow
     from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
-    from dynaip_jax.families.registry import init_params
+    from dynaip_jax.families.flux import Flux1
+    from dynaip_jax.flow import ScheduleConfig
+    from dynaip_jax.layers.compute import Compute
+    from dynaip_jax.models.clip import CLIPVisionConfig
     from dynaip_jax.models.flux import FluxConfig
     from dynaip_jax.planner import flops
-    from dynaip_jax.sampling.pipeline import TextCondition, denoise
+    from dynaip_jax.runtime.layouts import Arranged
+    from dynaip_jax.sampling.denoise import denoising_loop
+    from dynaip_jax.types import TextCondition
     from train import config as config_
     from train.step import Features, Recipe, init_state, train_step
 
     half = jnp.bfloat16
-    flux = FluxConfig(**size.flux, dtype=half, param_dtype=half)
+    half_compute, flux = Compute(dtype=half, param_dtype=half), FluxConfig(**size.flux)
+    configs = (("transformer", flux), ("clip_vision", CLIPVisionConfig.large()))
+    computes = tuple((name, half_compute) for name, _ in configs)
+    family = Flux1(configs, computes, ScheduleConfig(), (("t5_length", size.text),))
     keys = iter(jax.random.split(jax.random.key(0), 99))
 
     def normal(*shape: int) -> jax.Array:
@@ -120,38 +127,40 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
     matrix = normal(size.matrix, size.matrix)
     product = jax.jit(lambda a: a @ a)
     ceiling = 2 * size.matrix**3 / _median(lambda: product(matrix).block_until_ready(), 10 * repeats)
-    params = jax.jit(lambda key: init_params("transformer", flux, key))(next(keys))
-    kind = DynaIPConfig.for_base(flux, CLIP_WIDTH, blocks="double", dtype=half, param_dtype=half)
-    adapter = jax.jit(lambda key: init_adapter_params(kind, key))(next(keys))
+    params = jax.jit(lambda key: family.init_params("transformer", key))(next(keys))
+    weights = Arranged(params)
+    kind = DynaIPConfig.for_base(family.sites, CLIP_WIDTH, blocks="double")
+    adapter = jax.jit(lambda key: init_adapter_params(kind, key, half_compute))(next(keys))
     text = TextCondition(normal(1, size.text, flux.context_in_dim), normal(1, flux.vec_in_dim))
     noise = normal(1, 16, 2 * size.grid, 2 * size.grid).astype(jnp.float32)
     tokens = size.grid**2
-    times = jnp.asarray(flow.schedule(size.steps, tokens, flow.ScheduleConfig()))
-    bank = jax.jit(lambda p, f: DynaIP(kind).apply({"params": p}, f, text_gain=0.0)[0])
+    times = jnp.asarray(family.times(size.steps, tokens))
+    bank = jax.jit(lambda p, f: DynaIP(kind, half_compute).apply({"params": p}, f, text_gain=0.0)[0])
 
     def picture(subjects: int) -> float:
         features = [normal(1, subjects, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3)]
         prompt = bank(adapter, features) if subjects else None
         options = dict(guidance=jnp.float32(3.5), true_cfg=None, window=jnp.array([0.0, 1.0]))
-        return _median(
-            lambda: jax.block_until_ready(denoise(flux, params, noise, text, prompt, times, **options)), repeats
-        )
+        args = (noise, text, prompt, times)
+        return _median(lambda: jax.block_until_ready(weights.run(denoising_loop, family, args, options)), repeats)
 
     seconds = {f"{s} subject{'s' * (s != 1)}": picture(s) for s in (0, 1, 2, 4)}
     plain = seconds["0 subjects"]
-    forward = flops.transformer(flux, tokens, size.text)
+    forward = family.forward_flops(tokens, size.text)
 
     def training(grid: int) -> dict[str, float]:
-        trained = DynaIPConfig.for_base(flux, CLIP_WIDTH, blocks="double", dtype=half)
+        float32_params = Compute(dtype=half)
         recipe = Recipe(
-            configs=(("transformer", FluxConfig(**size.flux, dtype=half, param_dtype=half, remat="full")),),
-            adapter=trained, schedule=flow.ScheduleConfig(), optim=config_.OptimConfig(), accumulate=1, guidance=1.0,
+            family=family.with_compute("transformer", remat="full"),
+            adapter=kind, adapter_compute=float32_params, optim=config_.OptimConfig(), accumulate=1, guidance=1.0,
             random_granularity=0.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
         )  # fmt: skip
         latents = normal(1, 16, 2 * grid, 2 * grid)
         levels = tuple(normal(1, 1, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3))
         features = Features(latents, latents, jnp.full(1, 0.5), *text, levels, jnp.ones(1))
-        start = jax.jit(lambda key: init_state(recipe.optim, dict(adapter=init_adapter_params(trained, key))))
+        start = jax.jit(
+            lambda key: init_state(recipe.optim, dict(adapter=init_adapter_params(kind, key, float32_params)))
+        )
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
         state = start(next(keys))
 
@@ -161,7 +170,7 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
             metrics["loss"].block_until_ready()
 
         spent = _median(once, repeats)
-        work = flops.training_step(flux, trained, grid**2, size.text, REFERENCE_TOKENS, base_trained=False)
+        work = flops.training_step(family, kind, grid**2, base_trained=False)
         return dict(step_s=spent, mfu=work / spent / ceiling)
 
     return dict(

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
-from dynaip_jax.layers import attention as ops
+from dynaip_jax.layers.packing import image_ids
 from dynaip_jax.models.flux import Flux
+from dynaip_jax.types import Sites
 from tools.convert_torch_weights import flux as convert_flux
 
 GRID, TEXT, REFERENCE_TOKENS, CLIP_WIDTH = 32, 256, 257, 1024
@@ -60,7 +61,7 @@ def main() -> int:
         for k, s in Flux.inputs_spec(config, 1, GRID * GRID, TEXT).items()
     }
     x |= dict(
-        img_ids=ops.image_ids(2 * GRID, 2 * GRID),
+        img_ids=image_ids(2 * GRID, 2 * GRID),
         txt_ids=np.zeros((1, TEXT, 3), np.float32),
         timesteps=np.array([0.5], np.float32),
     )
@@ -70,7 +71,8 @@ def main() -> int:
     plain = forward.lower({"params": params}, **x).compile()
     compile_s = time.perf_counter() - start
 
-    adapter = DynaIPConfig.for_base(config, CLIP_WIDTH, blocks="double")
+    sites = Sites(config.depth, config.depth_single_blocks, config.num_heads, config.head_dim, config.hidden_size)
+    adapter = DynaIPConfig.for_base(sites, CLIP_WIDTH, blocks="double")
     features = [jnp.asarray(rng.normal(size=(1, 1, REFERENCE_TOKENS, CLIP_WIDTH)), jnp.float32)] * 3
     weights = init_adapter_params(adapter, jax.random.key(0))
     prompt, _ = jax.jit(lambda p, f: DynaIP(adapter).apply({"params": p}, f, text_gain=0.0))(weights, features)

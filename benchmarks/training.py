@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
-from dynaip_jax.families.registry import init_params
+from dynaip_jax.families.flux import Flux1
 from dynaip_jax.flow import ScheduleConfig, sample_times
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.flux import FluxConfig
 from train import config as config_
 from train.checkpoint import Checkpoints
@@ -64,12 +65,13 @@ def step_overhead(repeats: int) -> dict[str, Any]:
         context_in_dim=256,
         vec_in_dim=64,
     )
-    adapter = DynaIPConfig.for_base(flux, 128, hmoe=dict(expert_width=256))
+    family = Flux1((("transformer", flux),), (("transformer", Compute()),), ScheduleConfig(), (("t5_length", 64),))
+    adapter = DynaIPConfig.for_base(family.sites, 128, hmoe=dict(expert_width=256))
     recipe = Recipe(
-        configs=(("transformer", flux),), adapter=adapter, schedule=ScheduleConfig(), optim=config_.OptimConfig(), accumulate=1,
-        guidance=1.0, random_granularity=0.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
+        family=family, adapter=adapter, adapter_compute=Compute(), optim=config_.OptimConfig(), accumulate=1, guidance=1.0,
+        random_granularity=0.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
     )  # fmt: skip
-    frozen = dict(transformer=jax.jit(lambda k: init_params("transformer", flux, k))(jax.random.key(0)))
+    frozen = dict(transformer=jax.jit(lambda k: family.init_params("transformer", k))(jax.random.key(0)))
     keys = iter(jax.random.split(jax.random.key(1), 9))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     levels = tuple(normal(2, 1, 257, 128) for _ in range(3))

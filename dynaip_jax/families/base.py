@@ -40,9 +40,9 @@ class Component(NamedTuple):
     module: Any
     options: Callable[[Any], dict[str, Any]] = lambda config: {}
 
-    def init(self, network: nn.Module, key: jax.Array) -> dict[str, Any]:
+    def init(self, network: Any, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters of a `network` of this component, each in the box that holds its logical axis names."""
-        config = network.config  # type: ignore[attr-defined]
+        config = network.config
         inputs = {k: jnp.zeros(v.shape, v.dtype) for k, v in self.module.inputs_spec(config).items()}
         return network.init(key, **inputs, **self.options(config))["params"]
 
