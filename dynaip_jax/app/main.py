@@ -437,7 +437,8 @@ def plan(args: argparse.Namespace) -> int:
         )
     sys.path.insert(0, str(root))  # `train` is not installed: its name is too common
     recipes, recipe_plan = (importlib.import_module(f"train.{name}") for name in ("config", "plan"))
-    from dynaip_jax.planner import jobs as planning
+    from dynaip_jax.planner import report as reports
+    from dynaip_jax.planner.topologies import devices
     from dynaip_jax.runtime.sharding import MeshConfig, make_mesh, parse_mesh
 
     config = recipes.override(recipes.load(args.config), args.rest)
@@ -449,14 +450,14 @@ def plan(args: argparse.Namespace) -> int:
             "--job train: --weights and --offload-text are about sampling; leave them out or add --job sample"
         )
     usual = config.mesh if args.job == "train" else MeshConfig(data=1, fsdp=1, tensor=-1)
-    mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else usual, planning.devices(args.topology))
-    report = planning.make(recipe_plan.job(config, mesh, args.job, **options), mesh)
+    mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else usual, devices(args.topology))
+    report = reports.make(recipe_plan.job(config, mesh, args.job, **options), mesh)
     if args.json:
         import json
 
         print(json.dumps(report, indent=1))
     else:
-        print(planning.text(report))
+        print(reports.text(report))
     return 0 if report["fits"] else 1
 
 

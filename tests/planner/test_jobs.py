@@ -8,8 +8,7 @@ import pytest
 
 from dynaip_jax.families.flux import Flux1
 from dynaip_jax.families.registry import published
-from dynaip_jax.planner import flops
-from dynaip_jax.planner import jobs as plan
+from dynaip_jax.planner import chips
 from tests.train.runs import RECIPE
 
 TOPOLOGY = "v5e:2x2"
@@ -65,7 +64,7 @@ def test_sampling_on_these_devices_and_a_chip_that_is_too_small(dynaip, monkeypa
     status, stdout, stderr = dynaip(*command)
     assert status == 0 and stdout.splitlines()[-1] == "fits", stderr
     assert "denoise: " in stdout and "of an unknown amount GiB a chip" in stdout
-    monkeypatch.setitem(flops.CHIPS, "cpu", flops.Chip(1e12, 4e6, 1e11, 1e10))
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e12, 4e6, 1e11, 1e10))
     status, stdout, _ = dynaip(*command)
     assert status == 1
     last = stdout.splitlines()[-1]
@@ -102,4 +101,4 @@ def test_published_sizes():
         tree = component.abstract(bundle.config(name, component.config))
         sizes[name] = sum(x.size for x in jax.tree.leaves(tree))
     assert sizes == dict(transformer=11_901_408_320, t5=4_762_310_656)
-    assert plan.published("sd3") is None
+    assert published("sd3") is None

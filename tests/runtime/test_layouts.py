@@ -6,7 +6,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dynaip_jax.planner import jobs as plan
+from dynaip_jax.planner import topologies
 from dynaip_jax.runtime import layouts
 from dynaip_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -22,7 +22,7 @@ def attend(scale, params, x, *, steps=3):
 
 
 def test_no_copy_of_the_weights_on_a_tpu():
-    mesh = make_mesh(MeshConfig(data=1), plan.devices("v5e:1x1"))
+    mesh = make_mesh(MeshConfig(data=1), topologies.devices("v5e:1x1"))
     here = NamedSharding(mesh, PartitionSpec())
     kernel = jax.ShapeDtypeStruct((8, 3072, 3, 24, 128), jnp.bfloat16, sharding=here)
     x = jax.ShapeDtypeStruct((4608, 3072), jnp.bfloat16, sharding=here)
