@@ -23,6 +23,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from benchmarks.output import show
 from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
 from dynaip_jax.families.flux import Flux1
 from dynaip_jax.flow import ScheduleConfig, sample_times
@@ -46,11 +47,7 @@ def main() -> int:
         machine=f"{platform.machine()}, {jax.device_count()} device",
         versions=dict(jax=jax.__version__, python=platform.python_version()),
     )
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:30} {value}")
+    show(result, args.json)
     return 0
 
 

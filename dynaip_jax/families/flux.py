@@ -15,12 +15,11 @@ from dynaip_jax.families.base import Component, Family, Matrices, Preset
 from dynaip_jax.families.quantize import weights_model
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.layers.packing import image_ids, pack_latents, unpack_latents
-from dynaip_jax.layers.step_cache import StepCache
 from dynaip_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.t5 import T5Config, T5Encoder
 from dynaip_jax.models.vae import VAE, VAEConfig
-from dynaip_jax.types import ImagePrompt, Sites, TextCondition
+from dynaip_jax.types import Sites, TextCondition
 
 
 def published(guided: bool) -> Preset:
@@ -119,17 +118,8 @@ class Flux1(Family):
         return Sites(c.depth, c.depth_single_blocks, c.num_heads, c.head_dim, c.hidden_size)
 
     def velocity(
-        self,
-        params: Any,
-        tokens: jax.Array,
-        t: jax.Array,
-        text: TextCondition,
-        size: tuple[int, int],
-        *,
-        guidance: jax.Array | None = None,
-        image_prompt: ImagePrompt | None = None,
-        cache: StepCache | None = None,
-    ) -> Any:
+        self, params: Any, tokens: jax.Array, t: jax.Array, text: TextCondition, size: tuple[int, int], **inputs: Any
+    ):
         """See `Family.velocity`."""
         return weights_model(self).apply(
             {"params": params},
@@ -139,9 +129,7 @@ class Flux1(Family):
             jnp.zeros((1, text.states.shape[1], 3)),
             t,
             text.pooled,
-            guidance,
-            image_prompt=image_prompt,
-            cache=cache,
+            **inputs,
         )
 
     def fresh(self, params: Any) -> Any:
