@@ -13,6 +13,7 @@ from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.quantize import quantized
 from dynaip_jax.sampling import pipeline
+from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.bundle import Bundle, write_adapter
 from dynaip_jax.storage.codec import to_dict
@@ -287,3 +288,40 @@ def test_weights_that_are_not_finite_are_named(base):
     broken = DynaIPPipeline(base.bundle, base.family, params, base.tokenizers, None)
     with pytest.raises(UserError, match="weights of vae hold NaN"):
         draw(broken)
+
+
+def test_threads_share_a_pipeline_and_each_sees_its_own_steps(pipe):
+    from concurrent.futures import ThreadPoolExecutor
+
+    jobs = [dict(seed=3, steps=3), dict(seed=4, steps=5)]
+    alone = [pipe("a cat", photographs()[:1], **SIZE | job).images[0] for job in jobs]
+
+    def run(job):
+        steps = []
+        result = pipe("a cat", photographs()[:1], progress=lambda: steps.append(1), **SIZE | job)
+        return result.images[0], len(steps)
+
+    with ThreadPoolExecutor(2) as pool:
+        for (image, steps), expected, job in zip(pool.map(run, jobs), alone, jobs, strict=True):
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+            assert steps == job["steps"]
+
+
+def test_a_call_leaves_the_pipeline_and_its_arrays_as_they_were(pipe):
+    before = dict(vars(pipe)), {name: jax.tree.leaves(tree) for name, tree in pipe.params.items()}
+    pipe("a cat", photographs()[:1], merge="concat", **SIZE)
+    assert dict(vars(pipe)) == before[0]
+    for name, leaves in before[1].items():
+        assert not any(x.is_deleted() for x in leaves)
+        assert all(x is y for x, y in zip(leaves, jax.tree.leaves(pipe.params[name]), strict=True))
+    with pytest.raises(TypeError):
+        pipe.defaults["steps"] = 1
+
+
+def test_options_are_given_together_or_by_name(pipe):
+    together = SampleOptions(seed=2, image_scale=0.5, **SIZE)
+    result = pipe("a cat", photographs()[:1], options=together)
+    np.testing.assert_array_equal(np.asarray(result.images[0]), draw(pipe, photographs()[0], seed=2, image_scale=0.5))
+    assert result.options.image_scale == 0.5 and result.options.merge == "sum" and result.prompts == ["a cat"]
+    with pytest.raises(UserError, match="`stpes`: no such option; expected some of cache_threshold"):
+        pipe("a cat", photographs()[:1], stpes=3)
