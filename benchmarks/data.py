@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
+from dynaip_jax import images
 from dynaip_jax.data.order import buckets
 from dynaip_jax.data.records import Record, open_dataset, write_dataset
 from dynaip_jax.data.samples import DataConfig, Pictures, make_loader
 from dynaip_jax.data.sources import Limits, Picture, Row, check
-from dynaip_jax.images import files as images
 
 BATCH = 8
 

@@ -22,7 +22,7 @@ from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
-from dynaip_jax.storage.bundle import read_tree
+from dynaip_jax.storage.tensors import read_tree
 
 ROWS: dict[str, dict[str, Any]] = {
     "in full": {},

@@ -22,7 +22,8 @@ from dynaip_jax.families.base import Family
 from dynaip_jax.families.registry import FAMILIES, family_of, open_bundle
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.storage.bundle import NewComponent, write_adapter, write_bundle
+from dynaip_jax.storage.adapter import write_adapter
+from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
 
 SEED = 0

@@ -16,6 +16,7 @@ from PIL import Image  # noqa: E402
 from dynaip_jax.app import main as cli  # noqa: E402
 from dynaip_jax.commandline import run_cli  # noqa: E402
 from dynaip_jax.testing import make_adapter, make_bundle  # noqa: E402
+from tests.fake_bucket import fake_bucket  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -43,6 +44,13 @@ def photograph(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "coffee.jpg"
     Image.fromarray(skimage.data.coffee()).save(path)
     return path
+
+
+@pytest.fixture
+def bucket():
+    """The address of an empty bucket in memory, "gs://...": what storage reads and writes through etils.epath."""
+    with fake_bucket() as address:
+        yield address
 
 
 @pytest.fixture

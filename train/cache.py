@@ -18,7 +18,7 @@ from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.data import features
 from dynaip_jax.data.samples import DataConfig, Pictures, make_plan, open_dataset
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.bundle import replacing
+from dynaip_jax.storage.folders import replacing
 from train import config as config_
 from train.photographs import resolve
 

@@ -61,8 +61,10 @@ def export(
     import jax.numpy as jnp
     import numpy as np
 
-    from dynaip_jax.storage.bundle import fingerprint, replace_component, write_adapter
+    from dynaip_jax.storage.adapter import write_adapter
+    from dynaip_jax.storage.bundle import replace_component
     from dynaip_jax.storage.codec import to_dict
+    from dynaip_jax.storage.manifest import fingerprint
     from train import assemble as models
     from train import config as config_
     from train.checkpoint import RUN_FILE, Checkpoints

@@ -19,7 +19,7 @@ from dynaip_jax.data import sources as rows
 from dynaip_jax.data.records import INDEX, Record, write_dataset
 from dynaip_jax.data.sources import BadRow, Limits, Source
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.bundle import replacing
+from dynaip_jax.storage.folders import replacing
 
 
 class Prepared(NamedTuple):

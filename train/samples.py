@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dynaip_jax import images
 from dynaip_jax.adapters.dynaip import DynaIPConfig
 from dynaip_jax.data.samples import open_dataset, pictures
 from dynaip_jax.errors import UserError
-from dynaip_jax.images import files as images
 from dynaip_jax.runtime.layouts import Arranged
 from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_text, make_image_prompt
 from dynaip_jax.sampling.denoise import Parts, generate

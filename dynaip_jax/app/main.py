@@ -286,7 +286,7 @@ def sample(args: argparse.Namespace) -> int:
                     f"--{name.replace('_', '-')}: needs a reference picture to act on; pass --reference IMG"
                 )
 
-    from dynaip_jax.images import files as images
+    from dynaip_jax import images
 
     count = args.num_images or 1
     if args.noise is not None:
@@ -365,7 +365,7 @@ def sample(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """`dynaip demo`."""
-    from dynaip_jax.images import files as images
+    from dynaip_jax import images
 
     if (args.reference is None) != (args.prompt is None):
         given, missing = ("--reference", "--prompt") if args.prompt is None else ("--prompt", "--reference")
@@ -391,7 +391,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
     from dynaip_jax.shapeland import default
     from dynaip_jax.shapeland import measure as shapeland
-    from dynaip_jax.storage.bundle import read_tree
+    from dynaip_jax.storage.tensors import read_tree
 
     model, adapter, stored = args.model, args.adapter, []
     if model is None:

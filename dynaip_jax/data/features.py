@@ -18,7 +18,7 @@ import numpy as np
 from dynaip_jax.data.order import Bucket, Plan
 from dynaip_jax.data.samples import DataConfig, draw
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.bundle import reserve
+from dynaip_jax.storage.folders import reserve
 
 FILE, FORMAT, VERSION = "features.json", "dynaip-features", 1
 SHAPING = (  # fields of DataConfig that change what is stored

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from dynaip_jax import images
 from dynaip_jax.data.order import Bucket, Plan, buckets
 from dynaip_jax.data.records import Dataset, Record, open_dataset
 from dynaip_jax.errors import UserError
-from dynaip_jax.images import files as images
 
 if TYPE_CHECKING:
     from dynaip_jax.data.loader import BatchIterator

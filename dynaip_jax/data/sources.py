@@ -25,9 +25,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dynaip_jax import images
 from dynaip_jax.data.records import Record
 from dynaip_jax.errors import UserError
-from dynaip_jax.images import files as images
 
 MANIFEST = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")

@@ -1,1 +1,29 @@
 """Pictures in and out, in NumPy and PIL: nothing in here imports JAX."""
+
+from dynaip_jax.images.files import (
+    FORMATS,
+    KINDS,
+    MAX_PIXELS,
+    MIN_SIDE,
+    check_png_path,
+    load_image,
+    load_mask,
+    read_settings,
+    save_png,
+)
+from dynaip_jax.images.grids import grid, labelled
+from dynaip_jax.images.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    NEUTRAL,
+    clip_pixels,
+    mask_to_tokens,
+    regions,
+    square,
+    to_uint8,
+)
+
+__all__ = [
+    "CLIP_MEAN", "CLIP_STD", "FORMATS", "KINDS", "MAX_PIXELS", "MIN_SIDE", "NEUTRAL", "check_png_path", "clip_pixels", "grid",
+    "labelled", "load_image", "load_mask", "mask_to_tokens", "read_settings", "regions", "save_png", "square", "to_uint8",
+]  # fmt: skip

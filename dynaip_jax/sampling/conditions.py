@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from dynaip_jax import images
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.tokenizers import Tokenizers
-from dynaip_jax.images import files as images
 from dynaip_jax.runtime.compiling import QUICK
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.types import ImagePrompt, TextCondition

@@ -17,14 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from dynaip_jax import choices
+from dynaip_jax import choices, images
 from dynaip_jax.adapters.dynaip import DynaIPConfig, abstract_adapter_params
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.quantize import quantized, weights_model
 from dynaip_jax.families.registry import family_of, open_bundle
 from dynaip_jax.families.tokenizers import Tokenizers
-from dynaip_jax.images import files as images
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.runtime.layouts import Arranged
 from dynaip_jax.runtime.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device, to_device
@@ -41,7 +40,8 @@ from dynaip_jax.sampling.conditions import (
 )  # fmt: skip
 from dynaip_jax.sampling.denoise import Parts, generate, on_mesh
 from dynaip_jax.sampling.options import SampleOptions
-from dynaip_jax.storage.bundle import Bundle, read_adapter_manifest, read_adapter_weights
+from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
+from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.types import ImagePrompt, TextCondition
 

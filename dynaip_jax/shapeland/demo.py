@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dynaip_jax.images import files as images
+from dynaip_jax import images
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
-from dynaip_jax.storage.bundle import read_tree
+from dynaip_jax.storage.tensors import read_tree
 
 CELL, STRIP = 160, 26  # pixels
 SUBJECTS = (("star", 0), ("heart", 1))  # class, number of its identity in the test split

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 from PIL import Image, ImageFilter
 
+from dynaip_jax import images
 from dynaip_jax.errors import UserError
-from dynaip_jax.images import files as images
 from dynaip_jax.sampling.conditions import Conditions, adapter_options, reference_pixels
 from dynaip_jax.sampling.denoise import generate
 from dynaip_jax.sampling.options import SampleOptions

@@ -15,8 +15,10 @@ from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
 from dynaip_jax.shapeland.judge import Verdict, init_judge
 from dynaip_jax.shapeland.world import BACKGROUNDS, CLASSES
-from dynaip_jax.storage.bundle import NewComponent, flatten, read_tree, write_bundle
+from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
+from dynaip_jax.storage.manifest import flatten
+from dynaip_jax.storage.tensors import read_tree
 from dynaip_jax.testing import make_adapter
 from train.shapeland.stages import CONFIGS, FAMILY, TOKENS, write_tokenizers
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
+from dynaip_jax import images
 from dynaip_jax.data import samples as sources
 from dynaip_jax.data.order import Bucket
 from dynaip_jax.data.records import INDEX, open_dataset
 from dynaip_jax.data.samples import DataConfig, make_loader
 from dynaip_jax.errors import UserError
-from dynaip_jax.images import files as images
 from tests.data.photos import CAPTIONS, WordIds, entries, make_dataset
 
 PLAIN = dict(crop_reference=1.0, flip_reference=0.0, drop_image=0.0, drop_text=0.0, drop_both=0.0)

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from dynaip_jax import images
 from dynaip_jax.data import sources as rows
 from dynaip_jax.data.sources import BadRow, Limits, Record
 from dynaip_jax.errors import UserError
-from dynaip_jax.images import files as images
 from tests.data.photos import CAPTIONS, entries, write_lines
 
 

@@ -9,17 +9,12 @@ import zlib
 
 import numpy as np
 import pytest
-import transformers
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from skimage import data
 
+from dynaip_jax import images
 from dynaip_jax.errors import UserError
-from dynaip_jax.images import files as images
-
-
-@pytest.fixture(scope="module")
-def photo():
-    return data.chelsea()  # 300 x 451
 
 
 def saved(path, array, **options):
@@ -163,9 +158,7 @@ def test_truncated_and_corrupt_files(tmp_path, photo, name):
 
 
 def test_reading_pictures_needs_no_jax():
-    code = (
-        "import sys, dynaip_jax.images.files; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'transformers')))"
-    )
+    code = "import sys, dynaip_jax.images; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -209,95 +202,7 @@ def test_transparent_parts_are_outside_the_mask(tmp_path):
     np.testing.assert_array_equal(images.load_mask(path, 32, 64), alpha / np.float32(255))
 
 
-def test_mask_to_tokens_is_the_mean_of_each_patch_in_row_order():
-    mask = np.zeros((32, 48), np.float32)
-    mask[:16, 16:32] = 1  # token 1 of 6
-    mask[16:20, 32:48] = 1  # a quarter of token 5
-    np.testing.assert_array_equal(images.mask_to_tokens(mask), [0, 1, 0, 0, 0, 0.25])
-    assert images.mask_to_tokens(mask, patch=8).shape == (24,)
-    with pytest.raises(ValueError, match="40 x 48: expected multiples of 16"):
-        images.mask_to_tokens(np.zeros((40, 48), np.float32))
-
-
-def test_regions_share_what_overlaps_and_keep_the_rest():
-    left, right, soft = (np.zeros((16, 64), np.float32) for _ in range(3))
-    left[:, :32], right[:, 16:48], soft[:, 32:] = 1, 1, 0.25
-    region = images.regions([left, right, soft])
-    assert region.shape == (3, 4) and region.dtype == np.float32
-    expected = [[1, 0.5, 0, 0], [0, 0.5, 0.8, 0], [0, 0, 0.2, 0.25]]
-    np.testing.assert_allclose(region, expected, rtol=1e-6)
-    np.testing.assert_array_equal(images.regions([soft]), [images.mask_to_tokens(soft)])
-
-
-# --- squares and CLIP
-
-
-def test_pad_keeps_the_whole_picture_in_the_middle(photo):
-    out = images.square(photo)
-    assert out.shape == (451, 451, 3)
-    np.testing.assert_array_equal(out[75:375], photo)
-    assert (out[:75] == (123, 117, 104)).all() and (out[375:] == (123, 117, 104)).all()
-    tall = images.square(np.ascontiguousarray(photo.swapaxes(0, 1)), "pad", fill=(1, 2, 3))
-    np.testing.assert_array_equal(tall[:, 75:375], photo.swapaxes(0, 1))
-    assert (tall[:, :75] == (1, 2, 3)).all()
-
-
-def test_crop_keeps_the_centre(photo):
-    np.testing.assert_array_equal(images.square(photo, "crop"), photo[:, 75:375])
-
-
-def test_square_takes_no_other_mode(photo):
-    with pytest.raises(ValueError, match="'stretch'"):
-        images.square(photo, "stretch")
-    with pytest.raises(ValueError, match="'crop'"):
-        images.square(photo, "crop", fill=(0, 0, 0))
-
-
-@pytest.mark.parametrize("size", [224, 336])
-@pytest.mark.parametrize("name", ["astronaut", "coffee"])
-def test_clip_pixels_are_those_of_transformers(name, size):
-    """Tolerance 1e-5 on values of about 2: the resized bytes must be the same, the rest is float32 rounding."""
-    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor  # 5.x, 4.57
-    theirs = kind(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    image = images.square(getattr(data, name)())
-    expected = np.moveaxis(np.asarray(theirs(Image.fromarray(image))["pixel_values"][0]), 0, -1)
-    ours = images.clip_pixels(image, size)
-    assert ours.dtype == np.float32 and ours.shape == (size, size, 3)
-    assert np.abs(ours - expected).max() <= 1e-5
-
-
-def test_padding_is_neutral_to_clip_and_cropping_is_without(photo):
-    padded = images.clip_pixels(photo, mode="pad")
-    assert np.abs(padded[:30]).max() < 0.01 < np.abs(padded[100]).max()
-    np.testing.assert_array_equal(images.clip_pixels(photo, mode="crop"), images.clip_pixels(photo[:, 75:375]))
-
-
 # --- writing
-
-
-def test_to_uint8_inverts_eight_bits_and_rounds_halves_to_even(photo):
-    np.testing.assert_array_equal(images.to_uint8(photo.astype(np.float32) / 127.5 - 1), photo)
-    np.testing.assert_array_equal(images.to_uint8([-7, -1, 1, 7]), [0, 0, 255, 255])
-    np.testing.assert_array_equal(images.to_uint8([0.0, 0.01]), [128, 129])  # 127.5 and 128.775
-    np.testing.assert_array_equal(images.to_uint8([0.0078]), [128])  # 128.4945
-    for bad in (np.nan, np.inf):
-        with pytest.raises(UserError, match="1 of 2 values are NaN or infinite"):
-            images.to_uint8([0.0, bad])
-
-
-def test_grid():
-    cells = [np.full((4, 6, 3), 10 * n, np.uint8) for n in range(5)]
-    whole = np.asarray(images.grid([Image.fromarray(c) for c in cells]))
-    assert whole.shape == (8, 18, 3)
-    assert [whole[r * 4, c * 6, 0] for r in range(2) for c in range(3)] == [0, 10, 20, 30, 40, 255]
-    assert images.grid(cells, columns=1).size == (6, 20)
-    assert images.grid(cells[:2], columns=9).size == (12, 4)
-    with pytest.raises(ValueError, match="at least one picture"):
-        images.grid([])
-    with pytest.raises(ValueError, match="all of one size"):
-        images.grid([cells[0], cells[0][:2]])
-    with pytest.raises(ValueError, match="0 columns"):
-        images.grid(cells, columns=0)
 
 
 def test_png_carries_its_settings(tmp_path, photo):
@@ -347,7 +252,7 @@ def test_places_that_cannot_be_written(tmp_path, photo):
 
 def test_settings_that_are_not_there(tmp_path, photo):
     assert "holds no settings" in refused(saved(tmp_path / "a.png", photo), images.read_settings)
-    text = images.PngInfo()
+    text = PngInfo()
     text.add_text("dynaip", "[1, 2")
     assert "holds no settings" in refused(saved(tmp_path / "b.png", photo, pnginfo=text), images.read_settings)
     assert "not a picture" in refused(saved(tmp_path / "c.jpg", photo), images.read_settings)

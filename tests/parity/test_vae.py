@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.images.files import to_uint8
+from dynaip_jax.images.preprocess import to_uint8
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.vae import VAE, VAEConfig
 from dynaip_jax.storage.tensors import TensorFile

@@ -11,7 +11,7 @@ import skimage.data
 from dynaip_jax.layers import kernels
 from dynaip_jax.runtime.sharding import make_mesh, parse_mesh
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
-from dynaip_jax.storage.bundle import flatten
+from dynaip_jax.storage.manifest import flatten
 from tests.train.runs import Child
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=4")

@@ -15,7 +15,8 @@ from dynaip_jax.families.quantize import quantized
 from dynaip_jax.sampling import pipeline
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
-from dynaip_jax.storage.bundle import Bundle, write_adapter
+from dynaip_jax.storage.adapter import write_adapter
+from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import to_dict
 
 SIZE = dict(steps=3, height=32, width=48)

@@ -16,7 +16,8 @@ from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
-from dynaip_jax.storage.bundle import flatten, read_tree
+from dynaip_jax.storage.manifest import flatten
+from dynaip_jax.storage.tensors import read_tree
 from train.shapeland.stages import DONE, FAMILY, KEPT, STAGES, WEIGHTS, fit, main
 
 CASES = 64

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from dynaip_jax import images
 from dynaip_jax.data.records import Dataset, write_dataset
-from dynaip_jax.images import files as images
 from dynaip_jax.shapeland import world as synthetic
 
 

@@ -13,7 +13,6 @@ from dynaip_jax.families.registry import FAMILIES
 from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.storage.bundle import Bundle
-from tests.conftest import FIXTURES
 from tools.convert_torch_weights import engine, flux, vae
 from tools.convert_torch_weights.__main__ import main
 
@@ -151,18 +150,3 @@ def test_overwrite_replaces_a_bundle_whole(single_files, tmp_path, capsys):
     assert (out / "transformer").is_dir() and "pass --overwrite" in capsys.readouterr().err
     assert convert("--source", single_files[1], "--out", out, "--overwrite") == 0
     assert sorted(p.name for p in out.iterdir()) == ["bundle.json", "vae"]
-
-
-def test_the_index_of_a_sharded_file_must_be_true(tmp_path, capsys):
-    from dynaip_jax.errors import UserError
-    from dynaip_jax.storage.tensors import TensorFile
-
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps(dict(weight_map={"a": "gone.safetensors"})))
-    with pytest.raises(UserError, match="gone.safetensors: no such file"):
-        TensorFile(index)
-    index.write_text("[]")
-    with pytest.raises(UserError, match="not a safetensors index"):
-        TensorFile(index)
-    whole = TensorFile(FIXTURES / "vae_tiny_bfl.safetensors.index.json")
-    assert len(whole.files) == 6 and whole.shape("in.image") == whole["in.image"].shape

@@ -19,8 +19,9 @@ import numpy as np
 from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.flow import ScheduleConfig
-from dynaip_jax.storage.bundle import NewComponent, reserve, sha256_of, write_bundle
+from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
+from dynaip_jax.storage.folders import reserve, sha256_of
 from dynaip_jax.storage.tensors import TensorFile
 from tools.convert_torch_weights import clip, flux, t5, vae
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from dynaip_jax import images
 from dynaip_jax.commandline import Parser
 from dynaip_jax.data.records import write_dataset
 from dynaip_jax.data.samples import DataConfig
@@ -33,7 +34,6 @@ from dynaip_jax.families.flux import Flux1
 from dynaip_jax.families.registry import open_bundle
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.flow import ScheduleConfig
-from dynaip_jax.images import files as images
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from dynaip_jax.models.flux import FluxConfig
@@ -44,15 +44,11 @@ from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
 from dynaip_jax.shapeland.judge import Judge, init_judge
-from dynaip_jax.storage.bundle import (
-    NewComponent,
-    flatten,
-    read_tree,
-    replace_component,
-    replacing,
-    write_bundle,
-)
+from dynaip_jax.storage.bundle import NewComponent, replace_component, write_bundle
 from dynaip_jax.storage.codec import to_dict
+from dynaip_jax.storage.folders import replacing
+from dynaip_jax.storage.manifest import flatten
+from dynaip_jax.storage.tensors import read_tree
 from train.cache import cache
 from train.checkpoint import Checkpoints
 from train.config import AdapterChoices, OptimConfig, TrainConfig

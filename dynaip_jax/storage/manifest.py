@@ -1,0 +1,65 @@
+"""The JSON files that say what a bundle or an adapter folder holds, and the identity of a tree of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dynaip_jax.errors import UserError
+from dynaip_jax.storage.folders import AnyPath
+
+FORMAT_VERSION = 1
+BUNDLE_FILE, ADAPTER_FILE = "bundle.json", "adapter.json"
+MANIFESTS = (BUNDLE_FILE, ADAPTER_FILE)
+
+
+def read_manifest(path: AnyPath, file: str, kind: str, field: str, remedy: str) -> dict[str, Any]:
+    """The content of `file` in the folder `path`. Raises `UserError`, which names the option `field` and says the `remedy`, if
+    there is none, if its "format" is not `kind`, or if its version is another than `FORMAT_VERSION`."""
+    if not path.is_dir():
+        raise UserError(f"`{field}` {path}: no such folder; expected one with {file}; check the path")
+    try:
+        manifest = json.loads((path / file).read_text())
+    except FileNotFoundError as e:
+        raise UserError(
+            f"`{field}` {path}: no {file} in it; expected a folder made by dynaip_jax; check the path"
+        ) from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path / file}: not readable as JSON ({e}); {remedy}") from e
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise UserError(f'{path / file}: not a {kind} file; expected "format": "{kind}"; {remedy}')
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path / file}: format version {manifest.get('format_version')}; this program reads version {FORMAT_VERSION}; "
+            f"{remedy} with this version, or install the one that wrote it"
+        )
+    return manifest
+
+
+def write_manifest(path: AnyPath, kind: str, content: Mapping[str, Any]) -> None:
+    """Writes `content` to the JSON file `path`, headed by the format `kind` and its version."""
+    manifest = dict(format=kind, format_version=FORMAT_VERSION) | dict(content)
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tree -> {"a.b.c": leaf}."""
+    from flax.traverse_util import flatten_dict
+
+    return flatten_dict(params, sep=".")
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """sha256 over names, shapes and values of a tree of arrays; values are rounded to bfloat16 first, so that a model has
+    the same fingerprint in whichever precision it is stored."""
+    import jax.numpy as jnp
+
+    digest = hashlib.sha256()
+    for name, x in sorted(flatten(params).items()):
+        digest.update(f"{name} {tuple(x.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(np.asarray(x).astype(jnp.bfloat16)).view(np.uint16).tobytes())
+    return digest.hexdigest()
