@@ -27,10 +27,11 @@ import numpy as np
 from PIL import Image, features
 
 from dynaip_jax import images
-from dynaip_jax.data.order import buckets
+from dynaip_jax.data.check import Limits, Picture, Row, check
+from dynaip_jax.data.config import DataConfig, buckets
+from dynaip_jax.data.loader import make_loader
 from dynaip_jax.data.records import Record, open_dataset, write_dataset
-from dynaip_jax.data.samples import DataConfig, Pictures, make_loader
-from dynaip_jax.data.sources import Limits, Picture, Row, check
+from dynaip_jax.data.samples import Pictures
 
 BATCH = 8
 
@@ -38,11 +39,9 @@ BATCH = 8
 class NoText:
     """Stands for the tokenizers, which are not measured."""
 
-    def t5(self, texts: Sequence[str]) -> np.ndarray:
-        return np.zeros((len(texts), 512), np.int32)
-
-    def clip(self, texts: Sequence[str]) -> np.ndarray:
-        return np.zeros((len(texts), 77), np.int32)
+    def ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        lengths = dict(t5=512, clip_text=77)
+        return {name: np.zeros((len(texts), length), np.int32) for name, length in lengths.items()}
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ Memory:    below 2 GiB
 Speed:     see docs/performance.md
 """
 
-from dynaip_jax.data.samples import DataConfig
+from dynaip_jax.data.config import DataConfig
 from train.config import AdapterChoices, OptimConfig, TrainConfig
 
 CONFIG = TrainConfig(

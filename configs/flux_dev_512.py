@@ -7,7 +7,7 @@ Memory:    7.4 of 16 GiB a chip on v5e:4x4 by `dynaip plan` (docs/performance.md
 Speed:     not measured
 """
 
-from dynaip_jax.data.samples import DataConfig
+from dynaip_jax.data.config import DataConfig
 from dynaip_jax.runtime.sharding import MeshConfig
 from train.config import AdapterChoices, SampleConfig, TrainConfig
 

@@ -16,7 +16,10 @@ import numpy as np
 
 from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.data import features
-from dynaip_jax.data.samples import DataConfig, Pictures, make_plan, open_dataset
+from dynaip_jax.data.config import Bucket, DataConfig
+from dynaip_jax.data.order import make_order
+from dynaip_jax.data.records import open_dataset
+from dynaip_jax.data.samples import Pictures
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import replacing
 from train import config as config_
@@ -69,14 +72,14 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     bundle = models_.open_bundle(config)
     models_.make_recipe(config, bundle)
     dataset = open_dataset(config.data.path)
-    plan = make_plan(config.data, dataset, config.batch)
+    order = make_order(config.data, dataset, config.batch)
     with replacing(out, overwrite=overwrite, marks=(features.FILE,)) as work:
         models = models_.load(config, bundle, mesh, encoders=True, transformer=False)
         run = jax.jit(encode, static_argnums=0, out_shardings=batch_sharding(mesh))
         store, arrays = features.Store(work, config.dtype), {}
-        slot = features.slots(plan.bucket_of)
+        slot = features.slots(order.bucket_of)
 
-        def encoded(data: DataConfig, rows: np.ndarray, bucket: features.Bucket, epoch: int):
+        def encoded(data: DataConfig, rows: np.ndarray, bucket: Bucket, epoch: int):
             padded = np.resize(rows, config.batch)  # one shape for the compiler
             batch = Pictures(dataset, data, models.tokenizers).read(padded, bucket, epoch)
             return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], run(models.recipe, models.frozen, batch))
@@ -87,12 +90,13 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
             arrays[name][where] = values
 
         keep_text = dataclasses.replace(config.data, drop_image=0.0, drop_text=0.0, drop_both=0.0)
-        empty = encoded(dataclasses.replace(keep_text, drop_text=1.0), np.zeros(1, np.int64), plan.buckets[0], 0)
+        empty = encoded(dataclasses.replace(keep_text, drop_text=1.0), np.zeros(1, np.int64), order.buckets[0], 0)
         put("empty_states", empty.states.shape[1:], (), empty.states[0])
-        put("empty_pooled", empty.pooled.shape[1:], (), empty.pooled[0])
+        if empty.pooled is not None:
+            put("empty_pooled", empty.pooled.shape[1:], (), empty.pooled[0])
         with tqdm(total=len(dataset) * variants, desc="encoding", unit="row", disable=None) as bar:
-            for number, bucket in enumerate(plan.buckets):
-                members = np.flatnonzero(plan.bucket_of == number)
+            for number, bucket in enumerate(order.buckets):
+                members = np.flatnonzero(order.bucket_of == number)
                 for variant in range(variants):
                     for start in range(0, len(members), config.batch):
                         rows = members[start : start + config.batch]
@@ -106,10 +110,11 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
                             put("levels", (variants, len(dataset), *levels.shape[1:]), (variant, rows), levels)
                         if variant == 0:
                             put("states", (len(dataset), *e.states.shape[1:]), (rows,), e.states)
-                            put("pooled", (len(dataset), *e.pooled.shape[1:]), (rows,), e.pooled)
+                            if e.pooled is not None:
+                                put("pooled", (len(dataset), *e.pooled.shape[1:]), (rows,), e.pooled)
                         bar.update(len(rows))
-        found = features.facts(config.data, plan, models_.encoder_identity(bundle, config), config.dtype)
-        manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=found)
+        made_of = features.facts(config.data, order, models_.encoder_identity(bundle, config), config.dtype)
+        manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=made_of)
         (work / features.FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dynaip_jax.data.samples import DataConfig
+from dynaip_jax.data.config import DataConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.sharding import MeshConfig
 

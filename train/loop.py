@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dynaip_jax.data.samples import make_loader
+from dynaip_jax.data.loader import make_loader
 from dynaip_jax.errors import UserError
 from dynaip_jax.planner import chips, flops
 from dynaip_jax.runtime.sharding import batch_positions, batch_sharding, make_mesh

@@ -51,11 +51,11 @@ def _training(config: TrainConfig, bundle: Bundle, recipe: Any, mesh: Mesh) -> p
     state = jax.eval_shape(lambda: init_state(config.optim, models.fresh_params(config, recipe)))
     state = jax.tree.map(_placed, state, where)
 
-    side, lengths, b = config.data.resolution, bundle.manifest["text"], config.batch
+    side, b = config.data.resolution, config.batch
     clip = config.data.clip_size
     shapes = Batch(
         target=np.zeros((0, side, side, 3), np.float32), reference=np.zeros((0, 1, clip, clip, 3), np.float32),
-        t5_ids=np.zeros((0, lengths["t5_length"]), np.int32), clip_ids=np.zeros((0, lengths["clip_length"]), np.int32),
+        ids=family.text_ids_spec(0),
         keep_image=np.zeros(0, np.float32), row=np.zeros(0, np.int32),
     )  # fmt: skip
     split = batch_sharding(mesh)

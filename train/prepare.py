@@ -14,12 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from dynaip_jax.commandline import Parser, run_cli
-from dynaip_jax.data import sources as rows
+from dynaip_jax.commandline import Parser, flag, run_cli
+from dynaip_jax.data import sources
+from dynaip_jax.data.check import BadRow, Limits, check
 from dynaip_jax.data.records import INDEX, Record, write_dataset
-from dynaip_jax.data.sources import BadRow, Limits, Source
+from dynaip_jax.data.sources import Source
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.folders import replacing
+from dynaip_jax.storage.folders import AnyPath, as_path, replacing
 
 
 class Prepared(NamedTuple):
@@ -30,7 +31,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    source: Source, out: Path, limits: Limits, *, jobs: int = 1, skip_bad: bool = False, overwrite: bool = False
+    source: Source, out: AnyPath, limits: Limits, *, jobs: int = 1, skip_bad: bool = False, overwrite: bool = False
 ) -> Prepared:
     """Checks every row of `source`, in `jobs` threads, and writes the good ones as a dataset to the folder `out`.
 
@@ -47,7 +48,7 @@ def prepare(
                 bar.update(checked.number - bar.n)
                 if isinstance(checked, BadRow):
                     bad.append(checked)
-                    tqdm.write(f"row {checked.number}: {' '.join(checked.reason.split())}", file=sys.stderr)
+                    tqdm.write(f"row {checked.number}: {UserError(checked.reason).told(flag)}", file=sys.stderr)
                 elif skip_bad or not bad:
                     yield checked
         if bad and not skip_bad:
@@ -65,7 +66,7 @@ def _checked(source: Source, limits: Limits, jobs: int) -> Iterator[Record | Bad
             if isinstance(row, BadRow):
                 waiting.append(pool.submit(lambda bad: bad, row))
             else:
-                waiting.append(pool.submit(rows.check, row, limits))
+                waiting.append(pool.submit(check, row, limits))
             if len(waiting) > 2 * jobs:
                 yield waiting.popleft().result()
         while waiting:
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m train.prepare",
         description="Checks pictures and captions and writes them as a dataset (tensorflow-datasets, array_record).",
-        epilog=rows.__doc__
+        epilog=sources.__doc__
         + """
 examples:
   python -m train.prepare --source photos/metadata.jsonl --out data/photos
@@ -85,7 +86,9 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--source", type=Path, required=True, metavar="PATH", help="the layout's file or folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--out", type=as_path, required=True, metavar="DIR", help="the folder to write; it may be gs://BUCKET/FOLDER"
+    )
     parser.add_argument(
         "--format", choices=("manifest", "subjects200k", "folder"), default="manifest", help="the layout"
     )
@@ -130,11 +133,11 @@ examples:
 
     match args.format:
         case "manifest":
-            source = rows.read_manifest(args.source)
+            source = sources.read_manifest(args.source)
         case "subjects200k":
-            source = rows.read_subjects200k(args.source, args.min_quality or 0)
+            source = sources.read_subjects200k(args.source, args.min_quality or 0)
         case "folder":
-            source = rows.read_folder(args.source)
+            source = sources.read_folder(args.source)
     done = prepare(source, args.out, limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
     left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
     print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from dynaip_jax import images
 from dynaip_jax.adapters.dynaip import DynaIPConfig
-from dynaip_jax.data.samples import open_dataset, pictures
+from dynaip_jax.data.records import open_dataset
+from dynaip_jax.data.samples import pictures
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.layouts import Arranged
 from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_text, make_image_prompt

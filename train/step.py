@@ -133,7 +133,7 @@ def encode(recipe: Recipe, params: dict[str, Any], batch: Batch) -> Encoded:
         pixels = batch.reference.reshape(b * s, *batch.reference.shape[2:])
         states = family.vision(params["clip_vision"], pixels, recipe.adapter.hmoe.levels)
         levels = tuple(x.reshape(b, s, *x.shape[1:]) for x in states)
-    text = family.encode_text(params, dict(t5=batch.t5_ids, clip_text=batch.clip_ids))
+    text = family.encode_text(params, batch.ids)
     return Encoded(family.encode(params["vae"], batch.target), text.states, text.pooled, levels)
 
 

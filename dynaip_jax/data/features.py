@@ -1,7 +1,8 @@
 """Precomputed features: what the frozen encoders make of a dataset, so that training holds the MM-DiT and the adapter alone.
 
-A folder holds `features.json` (what they were made of) and NumPy files, read by memory mapping: a row's T5 states, its CLIP pooled
-text, and, `variants` times with different augmentation, its VAE moments and CLIP levels. bfloat16 is stored as its bits.
+A folder holds `features.json` (what they were made of) and NumPy files, read by memory mapping: the states of each row's text,
+its pooled text if the family has any, and, `variants` times with different augmentation, its VAE moments and CLIP levels. bfloat16
+is stored as its bits.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float, Float32, Int, Int32
 
-from dynaip_jax.data.order import Bucket, Plan
-from dynaip_jax.data.samples import DataConfig, draw
+from dynaip_jax.data.config import Bucket, DataConfig
+from dynaip_jax.data.order import BatchOrder
+from dynaip_jax.data.records import Dataset
+from dynaip_jax.data.samples import draw
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.folders import reserve
+from dynaip_jax.storage.folders import is_bucket, reserve
 
 FILE, FORMAT, VERSION = "features.json", "dynaip-features", 1
 SHAPING = (  # fields of DataConfig that change what is stored
@@ -29,18 +33,18 @@ SHAPING = (  # fields of DataConfig that change what is stored
 class CachedBatch(NamedTuple):
     """One process's part of a global batch, as the encoders left it."""
 
-    moments: np.ndarray  # [b, h, w, 2z] of the VAE
-    states: np.ndarray  # [b, t, c] of T5; of the empty prompt where the text is dropped
-    pooled: np.ndarray  # [b, c] of CLIP text, likewise
-    levels: tuple[np.ndarray, ...] | None  # three of [b, 1, m, c] of CLIP vision; None in a cache for a base
-    keep_image: np.ndarray  # float32 [b]: 0 where the image prompt is dropped, otherwise 1
-    row: np.ndarray  # int32 [b]: index into the dataset
+    moments: Float[np.ndarray, "b h w 2z"]  # of the VAE
+    states: Float[np.ndarray, "b t c"]  # of the text; of the empty prompt where the text is dropped
+    pooled: Float[np.ndarray, "b c"] | None  # likewise; None for a family without it
+    levels: tuple[Float[np.ndarray, "b 1 m c"], ...] | None  # three, of CLIP vision; None in a cache for a base
+    keep_image: Float32[np.ndarray, " b"]  # 0 where the image prompt is dropped, otherwise 1
+    row: Int32[np.ndarray, " b"]  # index into the dataset
 
 
-def facts(config: DataConfig, plan: Plan, encoders: str, dtype: str) -> dict[str, Any]:
+def facts(config: DataConfig, order: BatchOrder, encoders: str, dtype: str) -> dict[str, Any]:
     """What a cache depends on: rows and buckets, augmentation, encoders (an identity of theirs), precision."""
     shaping = {name: getattr(config, name) for name in SHAPING}
-    return json.loads(json.dumps(dict(plan=plan.fingerprint, data=shaping, encoders=encoders, dtype=dtype)))
+    return json.loads(json.dumps(dict(plan=order.fingerprint, data=shaping, encoders=encoders, dtype=dtype)))
 
 
 class Store:
@@ -58,7 +62,7 @@ class Store:
         return array.view(self.dtype)
 
     def array(self, name: str) -> np.ndarray:
-        """An array that is there, read-only. Raises `UserError` if it is not, or damaged."""
+        """An array of the folder, read-only. Raises `UserError` if it is missing or damaged."""
         path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False).view(self.dtype)
@@ -75,38 +79,43 @@ def moments_name(bucket: Bucket) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """Reads a cache folder; see `sources.Reader`. Sample for sample what `sources.Pictures` and the encoders would make,
+    """Reads a cache folder; see `samples.Reader`. Sample for sample what `samples.Pictures` and the encoders would make,
     but that the augmentation of epoch e is that of epoch e modulo `variants`."""
 
-    dataset: Any
+    dataset: Dataset
     config: DataConfig
-    bucket_of: np.ndarray = dataclasses.field(repr=False)  # [n], of the plan
+    bucket_of: Int[np.ndarray, " n"] = dataclasses.field(repr=False)  # of the batch order
     path: Path
     dtype: str
     variants: int
 
     @classmethod
-    def open(cls, config: DataConfig, dataset: Any, plan: Plan, encoders: str) -> Cached:
+    def open(cls, config: DataConfig, dataset: Dataset, order: BatchOrder, encoders: str) -> Cached:
         """Checks the folder `config.features` against what training asks for. Raises `UserError` if it does not fit."""
+        if is_bucket(config.features):
+            raise UserError(
+                f"`data.features` {config.features}: features are mapped into memory, which a bucket does not allow; expected a "
+                "local folder; copy them to a disk"
+            )
         path = Path(config.features)
         try:
             stored = json.loads((path / FILE).read_text())
             if stored["format"] != FORMAT or stored["format_version"] != VERSION:
                 raise ValueError(f"format {stored['format']} {stored['format_version']}, expected {FORMAT} {VERSION}")
-            dtype, variants, found = stored["facts"]["dtype"], stored["variants"], stored["facts"]
+            dtype, variants, made_of = stored["facts"]["dtype"], stored["variants"], stored["facts"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
-                f"--data.features {path}: no readable {FILE} ({e}); expected a folder made by python -m train.cache"
+                f"`data.features` {path}: no readable {FILE} ({e}); expected a folder made by python -m train.cache"
             ) from e
-        wanted = facts(config, plan, encoders, dtype)
-        flat = [{**{k: v for k, v in f.items() if k != "data"}, **f["data"]} for f in (found, wanted)]
+        wanted = facts(config, order, encoders, dtype)
+        flat = [{**{k: v for k, v in f.items() if k != "data"}, **f["data"]} for f in (made_of, wanted)]
         for name, value in flat[1].items():
             if flat[0].get(name) != value:
                 raise UserError(
-                    f"--data.features {path}: made with {name} {flat[0].get(name)!r}; this run has {value!r}; "
+                    f"`data.features` {path}: made with {name} {flat[0].get(name)!r}; this run has {value!r}; "
                     "make the cache again with this run's options"
                 )
-        return cls(dataset, config, plan.bucket_of, path, dtype, variants)
+        return cls(dataset, config, order.bucket_of, path, dtype, variants)
 
     @cached_property
     def _slot(self) -> np.ndarray:
@@ -116,11 +125,13 @@ class Cached:
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         store = Store(self.path, self.dtype)
-        with_levels = ("levels",) if (self.path / "levels.npy").is_file() else ()
-        names = ("states", "pooled", "empty_states", "empty_pooled", *with_levels)
+        names = ["states", "empty_states"]
+        for optional in (("pooled", "empty_pooled"), ("levels",)):
+            if any((self.path / f"{name}.npy").is_file() for name in optional):
+                names += optional
         return {name: store.array(name) for name in names}
 
-    def read(self, rows: np.ndarray, bucket: Bucket, epoch: int) -> CachedBatch:
+    def read(self, rows: Int[np.ndarray, " b"], bucket: Bucket, epoch: int) -> CachedBatch:
         """The `CachedBatch` of dataset indices `rows` `[b]`."""
         chances = [draw(self.config, epoch, int(row)) for row in rows]
         arrays, variant = self._arrays, epoch % self.variants
@@ -132,22 +143,22 @@ class Cached:
 
         levels = None
         if "levels" in arrays:
-            found = arrays["levels"][variant, rows]
-            levels = tuple(np.array(found[:, n, None]) for n in range(found.shape[1]))
+            stacked = arrays["levels"][variant, rows]
+            levels = tuple(np.array(stacked[:, n, None]) for n in range(stacked.shape[1]))
         return CachedBatch(
             moments=np.array(moments[variant, self._slot[rows]]),
             states=text("states"),
-            pooled=text("pooled"),
+            pooled=text("pooled") if "pooled" in arrays else None,
             levels=levels,
             keep_image=np.array([not c.drop_image for c in chances], np.float32),
             row=np.asarray(rows, np.int32),
         )
 
 
-def slots(bucket_of: np.ndarray) -> np.ndarray:
+def slots(bucket_of: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """For each row, how many rows before it are in the same bucket."""
-    found = np.zeros(len(bucket_of), np.int64)
+    place = np.zeros(len(bucket_of), np.int64)
     for bucket in np.unique(bucket_of):
         members = np.flatnonzero(bucket_of == bucket)
-        found[members] = np.arange(len(members))
-    return found
+        place[members] = np.arange(len(members))
+    return place

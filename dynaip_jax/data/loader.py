@@ -13,28 +13,71 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
-from dynaip_jax.data.order import Plan
-from dynaip_jax.data.samples import Reader
+from dynaip_jax.data.config import DataConfig
+from dynaip_jax.data.features import Cached
+from dynaip_jax.data.order import BatchOrder, make_order
+from dynaip_jax.data.records import open_dataset
+from dynaip_jax.data.samples import Pictures, Reader, TextIds
 from dynaip_jax.errors import UserError
+
+
+def make_loader(
+    config: DataConfig,
+    tokenizers: TextIds,
+    *,
+    global_batch: int,
+    positions: Int[np.ndarray, " b"] | None = None,
+    encoders: str = "",
+) -> BatchIterator:
+    """An endless iterator of this process's `Batch` of each global batch, from step 0; its state is the step. With
+    `config.features` it gives `CachedBatch`es, if they were made by the `encoders` of this identity.
+
+    `positions` int `[b]`: which samples of each global batch this process reads; None = all.
+    Raises `UserError` for a dataset that cannot be opened, one smaller than `global_batch`, and rows without mask if the
+    background is to be removed.
+    """
+    if not config.path:
+        raise UserError(
+            "`data.path`: not given; expected a folder written by python -m train.prepare; pass `data.path` DIR"
+        )
+    dataset = open_dataset(config.path)
+    if config.remove_background and not dataset.masked.all():
+        rows = dataset.numbers[~dataset.masked]
+        raise UserError(
+            f"`data.remove_background`: {len(rows)} of {len(dataset)} rows of {dataset.path} have no mask (row {rows[0]} is "
+            "the first); expected a mask in every row; add them and prepare again, or leave the option out"
+        )
+    order = make_order(config, dataset, global_batch)
+    reader: Reader = Pictures(dataset, config, tokenizers)
+    if config.features:
+        reader = Cached.open(config, dataset, order, encoders)
+    return BatchIterator(
+        order,
+        reader,
+        positions=np.arange(global_batch) if positions is None else positions,
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
 
 
 class _Steps:
     """Random access to the batches of one process, counted from training step `start`."""
 
-    def __init__(self, plan: Plan, reader: Reader, positions: np.ndarray, start: int):
-        self.plan, self.reader, self.positions, self.start = plan, reader, positions, start
+    def __init__(self, order: BatchOrder, reader: Reader, positions: np.ndarray, start: int):
+        self.order, self.reader, self.positions, self.start = order, reader, positions, start
 
     def __len__(self) -> int:
         return sys.maxsize - self.start
 
     def __getitem__(self, n: int) -> Any:
-        step = self.plan.step(self.start + int(n))
+        step = self.order.step(self.start + int(n))
         return self.reader.read(step.rows[self.positions], step.bucket, step.epoch)
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Endless batches for one process: the samples at `positions` of every global batch of `plan`, made by `reader`.
+    """Endless batches for one process: the samples at `positions` of every global batch in `order`, made by `reader`.
 
     The state is the number of the next step, whatever the number of processes, workers or batches ready ahead: all of
     them may change between saving and restoring. Works with `grain.checkpoint.CheckpointSave` / `CheckpointRestore`.
@@ -42,11 +85,11 @@ class BatchIterator(grain.DatasetIterator):
     those of the state.
     """
 
-    def __init__(self, plan: Plan, reader: Reader, *, positions: np.ndarray, workers: int, prefetch: int):
+    def __init__(self, order: BatchOrder, reader: Reader, *, positions: np.ndarray, workers: int, prefetch: int):
         super().__init__()
         self._inner: list[Any] = []  # grain's iterator, if it runs
         weakref.finalize(self, _end, self._inner)  # at exit, while there still is an interpreter
-        self.plan, self.reader, self._positions = plan, reader, positions
+        self.order, self.reader, self._positions = order, reader, positions
         self._workers, self._prefetch = workers, prefetch
         self._step = 0
 
@@ -60,8 +103,8 @@ class BatchIterator(grain.DatasetIterator):
                 raise
             reason = str(e).split(".")[0]
             raise UserError(
-                f"data.workers {self._workers}: {reason}; expected it to have enough memory, also in /dev/shm; "
-                "give more (docker: --shm-size), make batches smaller, or pass --data.workers 0"
+                f"`data.workers` {self._workers}: {reason}; expected it to have enough memory, also in /dev/shm; "
+                "give more (docker: --shm-size), make batches smaller, or pass `data.workers` 0"
             ) from e
         self._step += 1
         # out of the memory shared with the worker, which is scarce and may not outlive the interpreter
@@ -72,7 +115,7 @@ class BatchIterator(grain.DatasetIterator):
         if not self._inner:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, and refuse to before absl has parsed any
                 flags.FLAGS.mark_as_parsed()
-            steps: Any = _Steps(self.plan, self.reader, self._positions, self._step)
+            steps: Any = _Steps(self.order, self.reader, self._positions, self._step)
             threads = 0 if self._workers else self._prefetch
             batches = grain.MapDataset.source(steps).to_iter_dataset(
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -83,11 +126,11 @@ class BatchIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         """The next step, and a fingerprint of the rows, buckets, batch size and seed that give it its meaning."""
-        return {"step": self._step, "plan": self.plan.fingerprint}
+        return {"step": self._step, "plan": self.order.fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on at the step of `state`. Raises `UserError` if it belongs to another plan."""
-        if state.get("plan") != self.plan.fingerprint:
+        """Goes on at the step of `state`. Raises `UserError` if it belongs to another order."""
+        if state.get("plan") != self.order.fingerprint:
             raise UserError(
                 "data: the checkpoint was made with other rows, resolution, aspects, batch size or data.seed; expected the "
                 "same; restore them, or start a new run"
@@ -107,9 +150,11 @@ def _end(iterators: list[Any]) -> None:
 
 
 def _copied(part: Any) -> Any:
-    """The same (named) tuple of fresh arrays."""
+    """The same tuple, named tuple or dict of fresh arrays; None stays None."""
+    if isinstance(part, dict):
+        return {name: _copied(x) for name, x in part.items()}
     if not isinstance(part, tuple):
-        return np.array(part)
+        return None if part is None else np.array(part)
     parts = map(_copied, part)
     return type(part)._make(parts) if hasattr(part, "_make") else tuple(parts)
 

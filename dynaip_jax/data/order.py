@@ -1,4 +1,4 @@
-"""Which rows make up which batch: aspect-ratio buckets, and an order that every process works out for itself.
+"""Which rows make up which batch: an order that every process works out for itself.
 
 Pure functions of (sizes, buckets, global batch, seed): no state, no communication. Rows are indices into the dataset.
 """
@@ -6,24 +6,17 @@ Pure functions of (sizes, buckets, global batch, seed): no state, no communicati
 from __future__ import annotations
 
 import hashlib
-import re
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
+from dynaip_jax.data.config import Bucket, DataConfig, buckets
+from dynaip_jax.data.records import Dataset
 from dynaip_jax.errors import UserError
-
-MULTIPLE = 16  # pixels a side of one image token: 8 in the autoencoder, 2 in packing
-
-
-class Bucket(NamedTuple):
-    """Pictures of one shape: `height` x `width` pixels, named by the aspect ratio (width:height) it stands for."""
-
-    name: str
-    height: int
-    width: int
 
 
 class Step(NamedTuple):
@@ -31,37 +24,10 @@ class Step(NamedTuple):
 
     epoch: int
     bucket: Bucket
-    rows: np.ndarray
+    rows: Int[np.ndarray, " global_batch"]
 
 
-def buckets(resolution: int, aspects: Sequence[str]) -> tuple[Bucket, ...]:
-    """One bucket an aspect ratio ("W:H"), of about `resolution` x `resolution` pixels, both sides multiples of 16.
-
-    Raises `UserError` for a ratio that cannot be read or is beyond 4:1, a `resolution` below 64, and two ratios that
-    come out at the same size.
-    """
-    if resolution < 64:
-        raise UserError(f"resolution {resolution}: expected at least 64 pixels; choose a larger one")
-    found: dict[tuple[int, int], Bucket] = {}
-    for name in aspects:
-        match = re.fullmatch(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})", name)
-        ratio = int(match[1]) / int(match[2]) if match else 0
-        if not 0.25 <= ratio <= 4:
-            raise UserError(f"aspect {name!r}: expected width:height between 1:4 and 4:1, such as 3:2; correct it")
-        root = ratio**0.5
-        size = (round(resolution / root / MULTIPLE) * MULTIPLE, round(resolution * root / MULTIPLE) * MULTIPLE)
-        if size in found:
-            raise UserError(
-                f"aspect {name!r}: {size[1]} x {size[0]} pixels at resolution {resolution}, as {found[size].name!r}; "
-                "expected different sizes; leave one of them out"
-            )
-        found[size] = Bucket(name, *size)
-    if not found:
-        raise UserError("aspects: none given; expected at least one, such as 1:1")
-    return tuple(found.values())
-
-
-class Plan:
+class BatchOrder:
     """The order of training: an epoch is shuffled, cut into global batches of one bucket each, and those are shuffled.
 
     `sizes` int `[n, 2]`: height and width of each row's target. A row goes to the bucket nearest in log aspect ratio. In
@@ -70,7 +36,7 @@ class Plan:
     in an epoch. Raises `UserError` if there are fewer rows than `global_batch`.
     """
 
-    def __init__(self, sizes: np.ndarray, shapes: Sequence[Bucket], global_batch: int, seed: int):
+    def __init__(self, sizes: Int[np.ndarray, "n 2"], shapes: Sequence[Bucket], global_batch: int, seed: int):
         if global_batch < 1:
             raise UserError(f"batch size {global_batch}: expected at least 1")
         if len(sizes) < global_batch:
@@ -110,7 +76,7 @@ class Plan:
         rows, bucket = _epoch(self, epoch)
         return Step(epoch, self.buckets[bucket[place]], rows[place])
 
-    def shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def shuffled(self, epoch: int) -> tuple[Int[np.ndarray, "steps global_batch"], Int[np.ndarray, " steps"]]:
         """All of an epoch: rows `[steps, global batch]` and the index of each batch's bucket `[steps]`."""
         rng = np.random.default_rng((self.seed, epoch))
         batches = []
@@ -122,6 +88,14 @@ class Plan:
         return np.concatenate(batches)[order], bucket[order]
 
 
+def make_order(config: DataConfig, dataset: Dataset, global_batch: int) -> BatchOrder:
+    """The order in which the rows of `dataset` are trained on. Errors as in `BatchOrder`; its warnings are given."""
+    order = BatchOrder(dataset.sizes, buckets(config.resolution, config.aspects), global_batch, config.seed)
+    for line in order.warnings:
+        warnings.warn(f"dataset {dataset.path}: {line}", stacklevel=2)
+    return order
+
+
 @lru_cache(maxsize=2)  # at the border of two epochs, threads ask for both
-def _epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    return plan.shuffled(epoch)
+def _epoch(order: BatchOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    return order.shuffled(epoch)

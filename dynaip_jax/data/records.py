@@ -1,21 +1,25 @@
 """Datasets on disk: a tensorflow-datasets folder of array_record shards, written and read without TensorFlow.
 
 A folder holds tfds' own files (`dataset_info.json`, `features.json`, the shards) and `index.npz`: for every row the target's
-size, the number of its row in the source, and whether it has a mask, so that planning an epoch reads no picture.
+size, the number of its row in the source, and whether it has a mask, so that ordering an epoch reads no picture.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.folders import as_path
 
 NAME, SPLIT, VERSION = "subjects", "train", "1.0.0"
 INFO, INDEX = "dataset_info.json", "index.npz"
@@ -28,9 +32,9 @@ class Record(NamedTuple):
 
     number: int  # of the row in its source, from 1
     target: bytes
-    target_box: np.ndarray
+    target_box: Int[np.ndarray, " 4"]
     reference: bytes  # empty: the same file as the target
-    reference_box: np.ndarray
+    reference_box: Int[np.ndarray, " 4"]
     mask: bytes  # the subject in the whole reference picture, white on black, as 8-bit grey PNG; empty: none
     caption: str
     subject: str  # the words of the caption that name the subject; may be empty
@@ -55,10 +59,10 @@ def write_dataset(folder: Path, records: Iterable[Record]) -> int:
     writer.initialize_splits([SPLIT])
     sizes, numbers, masked = [], [], []
     stream = iter(records)
-    while some := list(itertools.islice(stream, WRITTEN_AT_ONCE)):
+    while chunk := list(itertools.islice(stream, WRITTEN_AT_ONCE)):
         with _as_os_error():
-            writer.add_examples({SPLIT: [r._asdict() for r in some]})
-        for r in some:
+            writer.add_examples({SPLIT: [r._asdict() for r in chunk]})
+        for r in chunk:
             top, left, bottom, right = r.target_box
             sizes.append((bottom - top, right - left))
             numbers.append(r.number)
@@ -75,22 +79,22 @@ def write_dataset(folder: Path, records: Iterable[Record]) -> int:
 
 
 class Dataset:
-    """A dataset on disk, with random access: `dataset[i]` -> `Record`. May be sent to other processes.
+    """A dataset on disk or in a bucket, with random access: `dataset[i]` -> `Record`. May be sent to other processes.
 
     `sizes` int32 `[n, 2]`: height and width of the targets; `numbers` int64 `[n]`: of the rows in their source; `masked`
     bool `[n]`. Raises `UserError` for a folder that is missing or was not written by `write_dataset`, and for files that
     are missing, damaged or do not belong together.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = as_path(path)
         if not (self.path / INFO).is_file() or not (self.path / INDEX).is_file():
             raise UserError(
                 f"dataset {self.path}: no {INFO} and {INDEX} there; expected a folder written by python -m train.prepare; "
                 "check the path, or run it"
             )
         try:
-            with np.load(self.path / INDEX, allow_pickle=False) as index:
+            with np.load(io.BytesIO((self.path / INDEX).read_bytes()), allow_pickle=False) as index:
                 self.sizes, self.numbers, self.masked = (index[k] for k in ("sizes", "numbers", "masked"))
         except Exception as e:  # zip, NumPy and the file system each have their own
             raise self._damaged(INDEX, e) from e
@@ -105,8 +109,8 @@ class Dataset:
 
     def __getitem__(self, row: int) -> Record:
         try:
-            found = dict(self._source[row])
-            record = Record(**found | {k: found[k].decode() for k in ("caption", "subject")})
+            fields = dict(self._source[row])
+            record = Record(**fields | {k: fields[k].decode() for k in ("caption", "subject")})
         except Exception as e:  # array_record and protobuf each have their own; an empty record decodes to None
             raise self._damaged(f"row {row}", e) from e
         if record.number != self.numbers[row]:
@@ -118,7 +122,7 @@ class Dataset:
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder_from_directory(self.path)
+            builder = tfds.builder_from_directory(os.fspath(self.path))
             if set(builder.info.features or ()) != set(Record._fields):
                 raise ValueError(f"fields {sorted(builder.info.features or ())}, expected {sorted(Record._fields)}")
             return builder.as_data_source(SPLIT)
@@ -132,8 +136,8 @@ class Dataset:
         )
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """The dataset in a folder written by `write_dataset`. Errors as in `Dataset`."""
+def open_dataset(path: str | os.PathLike[str]) -> Dataset:
+    """The dataset in a folder, local or in a bucket, written by `write_dataset`. Errors as in `Dataset`."""
     return Dataset(path)
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dynaip_jax.data.check import png
 from dynaip_jax.data.records import Record
-from dynaip_jax.data.sources import png
 
 SIZE = 64
 CLASSES = ("arrow", "circle", "cross", "crown", "fish", "heart", "moon", "square", "star", "triangle")

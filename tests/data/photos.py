@@ -1,15 +1,19 @@
 """Photographs of scikit-image as the three layouts of `dynaip_jax.data.sources`, and tokenizers small enough to read."""
 
+import itertools
 import json
 import zlib
 from functools import cache
 from pathlib import Path
 
+import jax
 import numpy as np
 from skimage import data
 
+from dynaip_jax.data.check import Limits, check, png
+from dynaip_jax.data.config import DataConfig
 from dynaip_jax.data.records import write_dataset
-from dynaip_jax.data.sources import Limits, check, png, read_manifest
+from dynaip_jax.data.sources import read_manifest
 
 CAPTIONS = {  # name: caption, subject
     "astronaut": ("an astronaut smiling in front of a flag", "astronaut"),  # 512 x 512
@@ -22,11 +26,8 @@ CAPTIONS = {  # name: caption, subject
 class WordIds:
     """Ids of words, [n, 8] and [n, 77], padded with 0."""
 
-    def t5(self, texts):
-        return self._ids(texts, 8)
-
-    def clip(self, texts):
-        return self._ids(texts, 77)
+    def ids(self, texts):
+        return dict(t5=self._ids(texts, 8), clip_text=self._ids(texts, 77))
 
     def _ids(self, texts, length):
         ids = np.zeros((len(texts), length), np.int32)
@@ -48,13 +49,13 @@ def entries(folder: Path) -> list[dict]:
     mask = np.zeros(data.chelsea().shape[:2], np.uint8)
     mask[50:250, 100:350] = 255
     (folder / "mask.png").write_bytes(png(mask))
-    found = [
+    lines = [
         dict(reference=f"{name}.png", target=f"{name}.png", caption=caption, subject=subject)
         for name, (caption, subject) in CAPTIONS.items()
     ]
-    found[1]["mask"] = "mask.png"
-    found[2]["reference"] = "rocket.png"
-    return found
+    lines[1]["mask"] = "mask.png"
+    lines[2]["reference"] = "rocket.png"
+    return lines
 
 
 def write_lines(folder: Path, lines: list) -> Path:
@@ -69,7 +70,25 @@ def make_dataset(folder: Path, lines: list | None = None, times: int = 1) -> Pat
     pictures, out = folder / "pictures", folder / "dataset"
     pictures.mkdir()
     out.mkdir()
-    found = entries(pictures)
-    manifest = write_lines(pictures, (found if lines is None else lines) * times)
+    photographs = entries(pictures)
+    manifest = write_lines(pictures, (photographs if lines is None else lines) * times)
     write_dataset(out, (check(row, Limits()) for row in read_manifest(manifest).rows))
     return out
+
+
+def config(folder: Path, **changes) -> DataConfig:
+    """Small samples of the dataset in `folder`."""
+    small = dict(path=str(folder), resolution=64, aspects=("1:1", "3:2"), clip_size=32, workers=0, seed=7)
+    return DataConfig(**small | changes)
+
+
+def take(loader, count: int) -> list:
+    return list(itertools.islice(loader, count))
+
+
+def same(a: list, b: list) -> bool:
+    """Whether the batches are the same to the last bit."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)

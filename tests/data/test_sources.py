@@ -1,4 +1,4 @@
-"""The three layouts on disk, and what is wrong with rows."""
+"""The three layouts on disk, and what is wrong with sources."""
 
 import io
 
@@ -8,48 +8,49 @@ from PIL import Image
 from skimage import data
 
 from dynaip_jax import images
-from dynaip_jax.data import sources as rows
-from dynaip_jax.data.sources import BadRow, Limits, Record
+from dynaip_jax.data import sources
+from dynaip_jax.data.check import BadRow, Limits, check, png
+from dynaip_jax.data.records import Record
 from dynaip_jax.errors import UserError
 from tests.data.photos import CAPTIONS, entries, write_lines
 
 
 def checked(source, limits=None):
-    return [r if isinstance(r, BadRow) else rows.check(r, limits or Limits()) for r in source.rows]
+    return [r if isinstance(r, BadRow) else check(r, limits or Limits()) for r in source.rows]
 
 
 def pixels(record):
     """Target and reference of a record, decoded by PIL alone."""
-    found = []
+    parts = []
     for file, box in ((record.target, record.target_box), (record.reference or record.target, record.reference_box)):
         top, left, bottom, right = box
-        found.append(np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[top:bottom, left:right])
-    return found
+        parts.append(np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[top:bottom, left:right])
+    return parts
 
 
 # --- manifest
 
 
 def test_manifest(tmp_path):
-    source = rows.read_manifest(write_lines(tmp_path, entries(tmp_path)))
-    found = checked(source)
-    assert source.entries == 4 and [r.number for r in found] == [1, 2, 3, 4]
-    for record, (name, (caption, subject)) in zip(found, CAPTIONS.items(), strict=True):
+    source = sources.read_manifest(write_lines(tmp_path, entries(tmp_path)))
+    records = checked(source)
+    assert source.entries == 4 and [r.number for r in records] == [1, 2, 3, 4]
+    for record, (name, (caption, subject)) in zip(records, CAPTIONS.items(), strict=True):
         target, reference = pixels(record)
         np.testing.assert_array_equal(target, getattr(data, name)())
         np.testing.assert_array_equal(reference, data.rocket() if name == "coffee" else target)
         assert (record.caption, record.subject) == (caption, subject)
-    assert [bool(r.reference) for r in found] == [False, False, True, False]
-    mask = np.asarray(Image.open(io.BytesIO(found[1].mask)))
+    assert [bool(r.reference) for r in records] == [False, False, True, False]
+    mask = np.asarray(Image.open(io.BytesIO(records[1].mask)))
     np.testing.assert_array_equal(mask, np.asarray(Image.open(tmp_path / "mask.png")))
-    assert found[0].mask == found[2].mask == b""
-    assert found[0].target == (tmp_path / "astronaut.png").read_bytes()  # not encoded again
+    assert records[0].mask == records[2].mask == b""
+    assert records[0].target == (tmp_path / "astronaut.png").read_bytes()  # not encoded again
 
 
 def test_manifest_may_be_named_by_its_folder_and_have_blank_lines(tmp_path):
     lines = entries(tmp_path)
     write_lines(tmp_path, ["", lines[0], "   ", lines[1]])
-    assert [r.number for r in checked(rows.read_manifest(tmp_path))] == [2, 4]
+    assert [r.number for r in checked(sources.read_manifest(tmp_path))] == [2, 4]
 
 
 def test_other_formats_become_png_and_jpeg_stays(tmp_path):
@@ -57,7 +58,7 @@ def test_other_formats_become_png_and_jpeg_stays(tmp_path):
     photo.save(tmp_path / "a.webp", lossless=True)
     photo.save(tmp_path / "a.jpg")
     line = dict(reference="a.jpg", target="a.webp", caption="a cat", subject="cat")
-    (record,) = checked(rows.read_manifest(write_lines(tmp_path, [line])))
+    (record,) = checked(sources.read_manifest(write_lines(tmp_path, [line])))
     assert record.target.startswith(b"\x89PNG") and record.reference == (tmp_path / "a.jpg").read_bytes()
     np.testing.assert_array_equal(pixels(record)[0], data.chelsea())
 
@@ -67,7 +68,7 @@ def test_a_turned_photograph_has_its_upright_size(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(data.coffee()).save(tmp_path / "a.jpg", exif=exif)
     line = dict(reference="a.jpg", target="a.jpg", caption="a cup", subject="cup")
-    (record,) = checked(rows.read_manifest(write_lines(tmp_path, [line])))
+    (record,) = checked(sources.read_manifest(write_lines(tmp_path, [line])))
     assert record.target_box.tolist() == [0, 0, 600, 400]
 
 
@@ -75,18 +76,18 @@ def test_large_pictures_are_shrunk(tmp_path):
     Image.fromarray(data.rocket()).save(tmp_path / "rocket.jpg", quality=90)  # 427 x 640
     lines = entries(tmp_path)
     lines[0] |= dict(reference="rocket.jpg")
-    found = checked(rows.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=150))
-    astronaut, rocket = pixels(found[0])
+    records = checked(sources.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=150))
+    astronaut, rocket = pixels(records[0])
     np.testing.assert_array_equal(
         astronaut, np.asarray(Image.fromarray(data.astronaut()).resize((150, 150), Image.LANCZOS))
     )
-    assert rocket.shape == (150, 225, 3) and found[0].reference.startswith(b"\xff\xd8\xff")
+    assert rocket.shape == (150, 225, 3) and records[0].reference.startswith(b"\xff\xd8\xff")
     shrunk = np.asarray(Image.fromarray(data.rocket()).resize((225, 150), Image.LANCZOS))
     assert np.abs(rocket.astype(int) - shrunk).mean() < 3
-    mask = np.asarray(Image.open(io.BytesIO(found[1].mask)))
-    assert mask.shape == pixels(found[1])[0].shape[:2] == (150, 226)
+    mask = np.asarray(Image.open(io.BytesIO(records[1].mask)))
+    assert mask.shape == pixels(records[1])[0].shape[:2] == (150, 226)
     assert mask[25:125, 50:175].min() > 200 and mask[:23].max() < 50
-    kept = checked(rows.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=300))[1]
+    kept = checked(sources.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=300))[1]
     assert kept.target == (tmp_path / "chelsea.png").read_bytes()
 
 
@@ -94,7 +95,7 @@ GOOD = dict(reference="chelsea.png", target="chelsea.png", caption="a ginger cat
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "reason"),
     [
         ('{"reference": ', "broken JSON"),
         ("[1, 2]", "JSON list"),
@@ -122,17 +123,17 @@ GOOD = dict(reference="chelsea.png", target="chelsea.png", caption="a ginger cat
         (GOOD | dict(mask="missing.png"), "missing.png: no such file"),
     ],
 )  # fmt: skip
-def test_bad_rows(tmp_path, line, found):
+def test_bad_rows(tmp_path, line, reason):
     entries(tmp_path)
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "cut.png").write_bytes((tmp_path / "coffee.png").read_bytes()[:5000])
-    (tmp_path / "tiny.png").write_bytes(rows.png(data.coffee()[:63, :200]))
-    (tmp_path / "huge.png").write_bytes(rows.png(np.zeros((700, 900, 3), np.uint8)))
-    (tmp_path / "black.png").write_bytes(rows.png(np.zeros((300, 451), np.uint8)))
-    (tmp_path / "half.png").write_bytes(rows.png(np.full((150, 225), 255, np.uint8)))
-    first, bad, last = checked(rows.read_manifest(write_lines(tmp_path, [GOOD, line, GOOD])), Limits(64, 600_000))
+    (tmp_path / "tiny.png").write_bytes(png(data.coffee()[:63, :200]))
+    (tmp_path / "huge.png").write_bytes(png(np.zeros((700, 900, 3), np.uint8)))
+    (tmp_path / "black.png").write_bytes(png(np.zeros((300, 451), np.uint8)))
+    (tmp_path / "half.png").write_bytes(png(np.full((150, 225), 255, np.uint8)))
+    first, bad, last = checked(sources.read_manifest(write_lines(tmp_path, [GOOD, line, GOOD])), Limits(64, 600_000))
     assert isinstance(first, Record) and isinstance(last, Record) and last.number == 3
-    assert isinstance(bad, BadRow) and bad.number == 2 and found.lower() in bad.reason.lower()
+    assert isinstance(bad, BadRow) and bad.number == 2 and reason.lower() in bad.reason.lower()
     assert "; " in bad.reason or "too long" in bad.reason
 
 
@@ -140,7 +141,7 @@ def test_bad_rows(tmp_path, line, found):
 def test_subject_words_in_any_case_and_spacing(tmp_path, subject):
     entries(tmp_path)
     line = GOOD | dict(caption="my ginger  cat,\non a sofa.", subject=subject)
-    (record,) = checked(rows.read_manifest(write_lines(tmp_path, [line])))
+    (record,) = checked(sources.read_manifest(write_lines(tmp_path, [line])))
     assert record.subject == subject
 
 
@@ -148,17 +149,17 @@ def test_subject_words_in_any_case_and_spacing(tmp_path, subject):
 def test_empty_manifest(tmp_path, content):
     (tmp_path / "metadata.jsonl").write_text(content)
     with pytest.raises(UserError, match="metadata.jsonl: empty; expected"):
-        rows.read_manifest(tmp_path)
+        sources.read_manifest(tmp_path)
     with pytest.raises(UserError, match="metadata.jsonl: cannot be read"):
-        rows.read_manifest(tmp_path / "missing" / "metadata.jsonl")
+        sources.read_manifest(tmp_path / "missing" / "metadata.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("limits", "found"),
-    [(dict(min_side=7), "--min-side 7"), (dict(max_pixels=10), "--max-pixels 10"), (dict(shrink=63), "--shrink 63")],
+    ("limits", "message"),
+    [(dict(min_side=7), "`min_side` 7"), (dict(max_pixels=10), "`max_pixels` 10"), (dict(shrink=63), "`shrink` 63")],
 )
-def test_bad_limits(limits, found):
-    with pytest.raises(UserError, match=found):
+def test_bad_limits(limits, message):
+    with pytest.raises(UserError, match=message):
         Limits(**limits)
 
 
@@ -183,8 +184,8 @@ SCORED = dict(compositeStructure=5, objectConsistency=4, imageQuality=5)
 @pytest.mark.parametrize(("border", "gap"), [(8, 16), (16, 16), (8, 8), (0, 0)])
 def test_subjects200k(tmp_path, border, gap):
     canvas, left, right = composite(border, gap)
-    (tmp_path / "pair.png").write_bytes(rows.png(canvas))
-    source = rows.read_subjects200k(write_lines(tmp_path, [dict(image="pair.png", description=DESCRIPTION)]))
+    (tmp_path / "pair.png").write_bytes(png(canvas))
+    source = sources.read_subjects200k(write_lines(tmp_path, [dict(image="pair.png", description=DESCRIPTION)]))
     first, second = checked(source)
     assert source.entries == 1 and first.number == second.number == 1
     np.testing.assert_array_equal(pixels(first), [left, right])
@@ -198,7 +199,7 @@ def test_subjects200k_parquet_and_its_own_verdicts(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    image = dict(bytes=rows.png(composite(8, 16)[0]), path=None)
+    image = dict(bytes=png(composite(8, 16)[0]), path=None)
     scores = [SCORED, SCORED | dict(imageQuality=2), None, SCORED, SCORED]
     descriptions = [DESCRIPTION] * 3 + [
         DESCRIPTION | dict(description_valid=False),
@@ -213,7 +214,7 @@ def test_subjects200k_parquet_and_its_own_verdicts(tmp_path):
         pq.write_table(pa.Table.from_pylist(part), tmp_path / "data" / f"train-{n}.parquet")
 
     def numbers(quality):
-        source = rows.read_subjects200k(tmp_path, quality)
+        source = sources.read_subjects200k(tmp_path, quality)
         assert source.entries == 5
         return [(r.number, type(r)) for r in checked(source)]
 
@@ -223,14 +224,14 @@ def test_subjects200k_parquet_and_its_own_verdicts(tmp_path):
 
     (tmp_path / "data" / "train-1.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(UserError, match="train-1.parquet: not a whole parquet file"):
-        rows.read_subjects200k(tmp_path)
+        sources.read_subjects200k(tmp_path)
     pq.write_table(pa.table({"picture": [1]}), tmp_path / "data" / "train-1.parquet")
     with pytest.raises(UserError, match="expected image, description"):
-        rows.read_subjects200k(tmp_path)
+        sources.read_subjects200k(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("entry", "found"),
+    ("entry", "reason"),
     [
         (dict(image="pair.png", description="a cat"), "not objects"),
         (dict(image="pair.png", description=DESCRIPTION | dict(description_0=None)), "description_0 None"),
@@ -239,11 +240,11 @@ def test_subjects200k_parquet_and_its_own_verdicts(tmp_path):
         (dict(image="missing.png", description=DESCRIPTION), "no such file"),
     ],
 )
-def test_bad_subjects200k(tmp_path, entry, found):
-    (tmp_path / "pair.png").write_bytes(rows.png(composite(8, 16)[0]))
-    (tmp_path / "single.png").write_bytes(rows.png(data.chelsea()))
-    bad = checked(rows.read_subjects200k(write_lines(tmp_path, [entry])))
-    assert bad and all(isinstance(b, BadRow) and b.number == 1 and found in b.reason for b in bad)
+def test_bad_subjects200k(tmp_path, entry, reason):
+    (tmp_path / "pair.png").write_bytes(png(composite(8, 16)[0]))
+    (tmp_path / "single.png").write_bytes(png(data.chelsea()))
+    bad = checked(sources.read_subjects200k(write_lines(tmp_path, [entry])))
+    assert bad and all(isinstance(b, BadRow) and b.number == 1 and reason in b.reason for b in bad)
 
 
 # --- folder
@@ -255,30 +256,30 @@ def test_folder(tmp_path):
     (tmp_path / "rocket.png").rename(tmp_path / "Z.PNG")
     for name in ("astronaut", "chelsea", "Z"):
         (tmp_path / f"{name}.txt").write_text(f"this is {name}\n")
-    source = rows.read_folder(tmp_path)
-    found = checked(source)  # sorted: Z, astronaut, chelsea, coffee
+    source = sources.read_folder(tmp_path)
+    records = checked(source)  # sorted: Z, astronaut, chelsea, coffee
     assert source.entries == 4
-    assert [(r.number, r.caption) for r in found[:3]] == [
+    assert [(r.number, r.caption) for r in records[:3]] == [
         (1, "this is Z"),
         (2, "this is astronaut"),
         (3, "this is chelsea"),
     ]
-    np.testing.assert_array_equal(pixels(found[0]), [data.rocket()] * 2)
-    assert isinstance(found[3], BadRow) and "coffee.txt: caption cannot be read" in found[3].reason
+    np.testing.assert_array_equal(pixels(records[0]), [data.rocket()] * 2)
+    assert isinstance(records[3], BadRow) and "coffee.txt: caption cannot be read" in records[3].reason
     (tmp_path / "coffee.txt").write_text("\n")
-    assert "coffee.txt: empty caption" in checked(rows.read_folder(tmp_path))[3].reason
+    assert "coffee.txt: empty caption" in checked(sources.read_folder(tmp_path))[3].reason
     (tmp_path / "coffee.txt").write_bytes(b"\xff\xfe\xff")
-    assert "coffee.txt: caption cannot be read" in checked(rows.read_folder(tmp_path))[3].reason
+    assert "coffee.txt: caption cannot be read" in checked(sources.read_folder(tmp_path))[3].reason
 
 
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match="empty, no picture in it"):
-        rows.read_folder(tmp_path)
+        sources.read_folder(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        rows.read_folder(tmp_path / "missing")
+        sources.read_folder(tmp_path / "missing")
 
 
 def test_every_suffix_is_of_a_format_that_is_read():
-    known = Image.registered_extensions()
-    assert all(known[s] in images.FORMATS for s in rows.SUFFIXES)
+    formats = Image.registered_extensions()
+    assert all(formats[s] in images.FORMATS for s in sources.SUFFIXES)

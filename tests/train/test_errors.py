@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dynaip_jax.data.order import Plan, buckets
-from dynaip_jax.data.samples import open_dataset
+from dynaip_jax.data.config import buckets
+from dynaip_jax.data.order import BatchOrder
+from dynaip_jax.data.records import open_dataset
 from dynaip_jax.errors import UserError
 from dynaip_jax.shapeland import default
 from tests.train.runs import RECIPE, Child, metrics, state, steps, words
@@ -64,12 +65,12 @@ FIELDS = [
     (("--random-granularity", 1.5), "--random-granularity 1.5: expected a share from 0 to 1"),
     (("--batch", 6, "--accumulate", 4), "--accumulate 4: does not divide --batch 6"),
     (("--fresh-base",), "--fresh-base: a frozen base must not be random; pass --trainable base or all"),
-    (("--data.drop-image", 2), "data.drop_image 2.0: expected a number from 0 to 1"),
-    (("--data.resolution", 32), "resolution 32: expected at least 64 pixels"),
-    (("--data.path", ""), "data.path: not given", "pass --data.path DIR"),
+    (("--data.drop-image", 2), "--data.drop-image 2.0: expected a number from 0 to 1"),
+    (("--data.resolution", 32), "--data.resolution 32: expected at least 64 pixels"),
+    (("--data.path", ""), "--data.path: not given", "pass --data.path DIR"),
     (("--data.path", "/missing"), "dataset /missing: no dataset_info.json", "python -m train.prepare"),
     (("--batch", 9), "dataset: 8 rows for a global batch of 9"),
-    (("--data.remove-background",), "data.remove_background: 8 of 8 rows", "have no mask (row 1 is the first)"),
+    (("--data.remove-background",), "--data.remove-background: 8 of 8 rows", "have no mask (row 1 is the first)"),
     (("--data.clip-size", 48), "--data.clip-size 48: the CLIP of", "takes 64 pixels; set it to that"),
     (("--adapter.levels", 10, 17, 24), "--adapter.levels (10, 17, 24): the CLIP of", "has 6 layers"),
     (("--bundle", "/missing"), "/missing"),
@@ -149,7 +150,7 @@ def test_a_loss_that_is_not_finite(trainer, tmp_path):
     config = config_.from_dict(json.loads((run / "run.json").read_text())["config"])
     dataset = open_dataset(config.data.path)
     shapes = buckets(config.data.resolution, config.data.aspects)
-    rows = Plan(dataset.sizes, shapes, 2, config.data.seed).step(done).rows
+    rows = BatchOrder(dataset.sizes, shapes, 2, config.data.seed).step(done).rows
     assert lines[-1].startswith(f"error: step {done + 1}: the ")
     assert f"is nan; batch rows {dataset.numbers[rows].tolist()}; expected a finite number" in lines[-1]
     assert state(run, done)["['step']"] == done

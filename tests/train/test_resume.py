@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dynaip_jax.data.samples import make_loader
+from dynaip_jax.data.loader import make_loader
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.shapeland import default
 from tests.train.runs import Child, assert_same, data_state, metrics, state, steps, words

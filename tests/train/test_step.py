@@ -259,7 +259,7 @@ def test_average_warms_up(setup):
 
 def test_encoders_make_what_the_step_reads(config, setup):
     """Latents are the VAE's, drawn anew each step; levels are the hidden states asked for."""
-    from dynaip_jax.data.samples import make_loader
+    from dynaip_jax.data.loader import make_loader
 
     recipe, frozen, _, _ = setup
     tokenizers = models.load(config, models.open_bundle(config), make_mesh(MeshConfig())).tokenizers

@@ -27,8 +27,8 @@ from jax.typing import ArrayLike
 
 from dynaip_jax import images
 from dynaip_jax.commandline import Parser
+from dynaip_jax.data.config import DataConfig
 from dynaip_jax.data.records import write_dataset
-from dynaip_jax.data.samples import DataConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.flux import Flux1
 from dynaip_jax.families.registry import open_bundle
