@@ -1,5 +1,6 @@
 """Photographs of scikit-image as the three layouts of `dynaip_jax.data.sources`, and tokenizers small enough to read."""
 
+import io
 import itertools
 import json
 import zlib
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 from skimage import data
 
-from dynaip_jax.data.check import Limits, check, png
+from dynaip_jax.data.check import BadRow, Limits, check, png
 from dynaip_jax.data.config import DataConfig
-from dynaip_jax.data.records import write_dataset
-from dynaip_jax.data.sources import read_manifest
+from dynaip_jax.data.records import Record, write_dataset
+from dynaip_jax.data.sources import Source, read_manifest
 
 CAPTIONS = {  # name: caption, subject
     "astronaut": ("an astronaut smiling in front of a flag", "astronaut"),  # 512 x 512
@@ -74,6 +76,20 @@ def make_dataset(folder: Path, lines: list | None = None, times: int = 1) -> Pat
     manifest = write_lines(pictures, (photographs if lines is None else lines) * times)
     write_dataset(out, (check(row, Limits()) for row in read_manifest(manifest).rows))
     return out
+
+
+def checked(source: Source, limits: Limits | None = None) -> list[Record | BadRow]:
+    """Its rows as records, or what is wrong with them."""
+    return [r if isinstance(r, BadRow) else check(r, limits or Limits()) for r in source.rows]
+
+
+def pixels(record: Record) -> list[np.ndarray]:
+    """Target and reference of a record, decoded by PIL alone."""
+    parts = []
+    for file, box in ((record.target, record.target_box), (record.reference or record.target, record.reference_box)):
+        top, left, bottom, right = box
+        parts.append(np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[top:bottom, left:right])
+    return parts
 
 
 def config(folder: Path, **changes) -> DataConfig:

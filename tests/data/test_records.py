@@ -10,6 +10,8 @@ import pytest
 
 from dynaip_jax.data import records as store
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.folders import as_path, copy_tree, replacing
+from tests.fake_bucket import FakeBucket
 
 BOX = np.array([0, 10, 200, 110], np.int32)
 
@@ -120,3 +122,33 @@ def test_an_index_with_a_pickle_is_not_loaded(folder):
     with pytest.raises(UserError, match="index.npz is damaged"):
         store.open_dataset(folder)
     assert not (folder / "sprung").exists()
+
+
+def test_a_dataset_in_a_bucket(folder, bucket, monkeypatch):
+    """All but reading shards, for which array_record asks Google's servers."""
+    import tensorflow_datasets as tfds
+
+    path, real, asked = f"{bucket}/data/one", tfds.builder_from_directory, []
+    with pytest.raises(UserError, match=f"dataset {path}: no dataset_info.json"):
+        store.open_dataset(path)
+    copy_tree(folder, as_path(path))
+
+    def builder(address):
+        asked.append(address)
+        return real(folder)
+
+    monkeypatch.setattr(tfds, "builder_from_directory", builder)
+    dataset = pickle.loads(pickle.dumps(store.open_dataset(path)))
+    assert str(dataset.path) == path and set(asked) == {path}
+    assert dataset.numbers.tolist() == [1, 3, 4] and same(dataset[0], record(1))
+    (as_path(path) / store.INDEX).write_bytes(b"torn")
+    with pytest.raises(UserError, match="dataset gs://bucket/data/one: index.npz is damaged"):
+        store.open_dataset(path)
+
+
+def test_writing_a_dataset_to_a_bucket(tmp_path, bucket):
+    with replacing(f"{bucket}/data", overwrite=False, marks=(store.INDEX,)) as work:
+        store.write_dataset(work, [record(1)])
+    assert FakeBucket.written[-1] == f"/bucket/data/{store.INDEX}"
+    copy_tree(as_path(f"{bucket}/data"), tmp_path)
+    assert same(store.open_dataset(tmp_path)[0], record(1))

@@ -9,24 +9,10 @@ from skimage import data
 
 from dynaip_jax import images
 from dynaip_jax.data import sources
-from dynaip_jax.data.check import BadRow, Limits, check, png
+from dynaip_jax.data.check import BadRow, Limits, png
 from dynaip_jax.data.records import Record
 from dynaip_jax.errors import UserError
-from tests.data.photos import CAPTIONS, entries, write_lines
-
-
-def checked(source, limits=None):
-    return [r if isinstance(r, BadRow) else check(r, limits or Limits()) for r in source.rows]
-
-
-def pixels(record):
-    """Target and reference of a record, decoded by PIL alone."""
-    parts = []
-    for file, box in ((record.target, record.target_box), (record.reference or record.target, record.reference_box)):
-        top, left, bottom, right = box
-        parts.append(np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[top:bottom, left:right])
-    return parts
-
+from tests.data.photos import CAPTIONS, checked, entries, pixels, write_lines
 
 # --- manifest
 
@@ -51,44 +37,6 @@ def test_manifest_may_be_named_by_its_folder_and_have_blank_lines(tmp_path):
     lines = entries(tmp_path)
     write_lines(tmp_path, ["", lines[0], "   ", lines[1]])
     assert [r.number for r in checked(sources.read_manifest(tmp_path))] == [2, 4]
-
-
-def test_other_formats_become_png_and_jpeg_stays(tmp_path):
-    photo = Image.fromarray(data.chelsea())
-    photo.save(tmp_path / "a.webp", lossless=True)
-    photo.save(tmp_path / "a.jpg")
-    line = dict(reference="a.jpg", target="a.webp", caption="a cat", subject="cat")
-    (record,) = checked(sources.read_manifest(write_lines(tmp_path, [line])))
-    assert record.target.startswith(b"\x89PNG") and record.reference == (tmp_path / "a.jpg").read_bytes()
-    np.testing.assert_array_equal(pixels(record)[0], data.chelsea())
-
-
-def test_a_turned_photograph_has_its_upright_size(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(data.coffee()).save(tmp_path / "a.jpg", exif=exif)
-    line = dict(reference="a.jpg", target="a.jpg", caption="a cup", subject="cup")
-    (record,) = checked(sources.read_manifest(write_lines(tmp_path, [line])))
-    assert record.target_box.tolist() == [0, 0, 600, 400]
-
-
-def test_large_pictures_are_shrunk(tmp_path):
-    Image.fromarray(data.rocket()).save(tmp_path / "rocket.jpg", quality=90)  # 427 x 640
-    lines = entries(tmp_path)
-    lines[0] |= dict(reference="rocket.jpg")
-    records = checked(sources.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=150))
-    astronaut, rocket = pixels(records[0])
-    np.testing.assert_array_equal(
-        astronaut, np.asarray(Image.fromarray(data.astronaut()).resize((150, 150), Image.LANCZOS))
-    )
-    assert rocket.shape == (150, 225, 3) and records[0].reference.startswith(b"\xff\xd8\xff")
-    shrunk = np.asarray(Image.fromarray(data.rocket()).resize((225, 150), Image.LANCZOS))
-    assert np.abs(rocket.astype(int) - shrunk).mean() < 3
-    mask = np.asarray(Image.open(io.BytesIO(records[1].mask)))
-    assert mask.shape == pixels(records[1])[0].shape[:2] == (150, 226)
-    assert mask[25:125, 50:175].min() > 200 and mask[:23].max() < 50
-    kept = checked(sources.read_manifest(write_lines(tmp_path, lines[:2])), Limits(shrink=300))[1]
-    assert kept.target == (tmp_path / "chelsea.png").read_bytes()
 
 
 GOOD = dict(reference="chelsea.png", target="chelsea.png", caption="a ginger cat", subject="cat")
@@ -152,15 +100,6 @@ def test_empty_manifest(tmp_path, content):
         sources.read_manifest(tmp_path)
     with pytest.raises(UserError, match="metadata.jsonl: cannot be read"):
         sources.read_manifest(tmp_path / "missing" / "metadata.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [(dict(min_side=7), "`min_side` 7"), (dict(max_pixels=10), "`max_pixels` 10"), (dict(shrink=63), "`shrink` 63")],
-)
-def test_bad_limits(limits, message):
-    with pytest.raises(UserError, match=message):
-        Limits(**limits)
 
 
 # --- subjects200k

@@ -12,8 +12,9 @@ from PIL import Image
 
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.data import records as store
-from dynaip_jax.data import sources as rows
+from dynaip_jax.data.check import png
 from dynaip_jax.data.records import open_dataset
+from dynaip_jax.data.sources import SCORES
 from tests.data.photos import CAPTIONS, entries, photo, write_lines
 from train import prepare
 
@@ -56,9 +57,9 @@ def test_other_layouts(manifest, tmp_path):
     assert [open_dataset(tmp_path / "a")[n].caption.split()[-1] for n in range(5)] == sorted((*CAPTIONS, "mask"))
 
     pair = np.concatenate([np.asarray(Image.open(folder / "astronaut.png"))] * 2, axis=1)
-    (folder / "pair.png").write_bytes(rows.png(pair))
+    (folder / "pair.png").write_bytes(png(pair))
     description = dict(item="astronaut", description_0="left astronaut", description_1="right astronaut")
-    line = dict(image="pair.png", description=description, quality_assessment=dict.fromkeys(rows.SCORES, 3))
+    line = dict(image="pair.png", description=description, quality_assessment=dict.fromkeys(SCORES, 3))
     write_lines(folder, [line, line])
     assert run("--source", folder, "--format", "subjects200k", "--out", tmp_path / "b") == 0
     assert [open_dataset(tmp_path / "b")[n].number for n in range(4)] == [1, 1, 2, 2]
@@ -112,8 +113,8 @@ def test_large_pictures_are_shrunk(manifest, tmp_path):
 def test_rows_come_in_order_from_many_threads(manifest, tmp_path, monkeypatch):
     lines = manifest.read_text().splitlines()
     write_lines(manifest.parent, lines * 8)
-    threads, check = set(), rows.check
-    monkeypatch.setattr(rows, "check", lambda *a: (threads.add(threading.get_ident()), check(*a))[1])
+    threads, check = set(), prepare.check
+    monkeypatch.setattr(prepare, "check", lambda *a: (threads.add(threading.get_ident()), check(*a))[1])
     assert run("--source", manifest, "--out", tmp_path / "out", "--jobs", 3) == 0
     assert open_dataset(tmp_path / "out").numbers.tolist() == list(range(1, 33))
     assert 1 < len(threads) <= 3
