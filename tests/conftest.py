@@ -8,6 +8,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # nothing is left in the user's cache
 
+import jaxtyping  # noqa: E402
+
+import tests.typechecked  # noqa: E402, F401  (named below)
+
+# Array shapes in annotations are checked wherever tests reach them.
+jaxtyping.install_import_hook(["dynaip_jax.data", "dynaip_jax.images"], "tests.typechecked.check")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import skimage.data  # noqa: E402
