@@ -42,7 +42,18 @@ TOP = {
 PACKAGES = {"dynaip_jax": (), "tools": ("dynaip_jax",), "train": ("dynaip_jax",), "configs": ("dynaip_jax", "train")}
 WITHOUT_JAX = ("choices", "errors", "commandline", "version", "sampling.options", "images", "data")
 GRAIN = "dynaip_jax.data.loader"  # subclasses a class of grain, so it is itself imported late
-LAZY = (GRAIN, "transformers", "grain", "tensorflow_datasets", "pyarrow", "matplotlib", "scipy", "tqdm", "tensorboardX", "qwix")
+LAZY = (
+    GRAIN,
+    "transformers",
+    "grain",
+    "tensorflow_datasets",
+    "pyarrow",
+    "matplotlib",
+    "scipy",
+    "tqdm",
+    "tensorboardX",
+    "qwix",
+)
 BACKBONES = ("flux",)  # words that name a backbone
 NAMED_IN = (  # where such a word may stand: a backbone's own files, its recipes, what is about it alone
     r"dynaip_jax/(models|families)/\w+\.py", r"dynaip_jax/testing\.py", r"tools/convert_torch_weights/\w+\.py", r"configs/.*",

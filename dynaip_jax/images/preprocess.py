@@ -23,7 +23,7 @@ NEUTRAL = (123, 117, 104)
 def mask_to_tokens(mask: Float[np.ndarray, "H W"], patch: int = 16) -> Float32[np.ndarray, " i"]:
     """The share of each image token that `mask` `[H, W]` covers: means over `patch` x `patch` pixels, float32 `[i]`.
 
-    `patch` is the pixels a side of one token (16 for FLUX: 8 in the autoencoder, 2 in packing). Raises `ValueError` if
+    `patch` is the pixels a side of one token (such as 16: 8 in the autoencoder, 2 in packing). Raises `ValueError` if
     H or W is not a multiple of it.
     """
     height, width = mask.shape

@@ -1,5 +1,6 @@
 """Bundles on disk and in a bucket."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,13 @@ from dynaip_jax.errors import UserError
 from dynaip_jax.storage.bundle import Bundle, NewComponent, replace_component, write_bundle
 from dynaip_jax.storage.folders import as_path, copy_tree
 from dynaip_jax.storage.manifest import BUNDLE_FILE, fingerprint, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    width: int
+    depth: int = 2
+
 
 FAMILIES = {"flux": None}  # any collection of names
 
@@ -48,7 +56,7 @@ def test_what_is_written_is_read(tmp_path):
         loaded = flatten(bundle.load(name, target(params(seed))))
         for key, x in flatten(params(seed)).items():
             np.testing.assert_array_equal(loaded[key], x)
-    assert bundle.config("vae", dict, depth=2) == dict(width=4, depth=2)
+    assert bundle.config("vae", Config) == Config(width=4)
     assert not list(bundle.path.rglob("commit_success.txt"))  # it would name a folder of this machine
     assert (bundle.path / "tokenizers" / "t5" / "tokenizer.json").read_text() == "{}"
 
@@ -118,7 +126,7 @@ def test_weights_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match=r"do not fit the config in bundle.json: bias: found \(4,\), expected \(5,\)"):
         bundle.load("transformer", target(wider))
     with pytest.raises(UserError, match="has no clip_vision .only transformer, vae.; .* --clip-vision CLIP_FOLDER"):
-        bundle.config("clip_vision", dict)
+        bundle.config("clip_vision", Config)
     shutil.rmtree(bundle.path / "vae")
     with pytest.raises(UserError, match="vae: missing; expected the weights of vae"):
         bundle.load("vae", target(params(1)))
