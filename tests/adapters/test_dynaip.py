@@ -96,7 +96,8 @@ def test_bad_settings_are_refused_in_words():
         HMoE(TINY).init(jax.random.key(0), [f[..., :6] for f in FEATURES])
 
 
-BASE = tiny_family().sites
+TRANSFORMER = FluxConfig.tiny()
+BASE = tiny_family(transformer=TRANSFORMER).sites
 SUBJECTS = [jnp.stack([f, jnp.sin(f), -f], axis=1) for f in FEATURES]  # [b=2, s=3, m, c]
 
 
@@ -130,12 +131,15 @@ def test_a_fresh_adapter_learns_through_its_values():
     """W_v = 0 must not stop the gradient: dL/dW_v is not zero, in any block."""
     config = DynaIPConfig.for_base(BASE, 12, hmoe=dict(levels=(1, 2, 3), expert_width=24), blocks="all")
     params = init_adapter_params(config, jax.random.key(0))
-    x = {k: jax.random.normal(jax.random.key(i), s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(BASE, 2).items())}
-    base = Flux(BASE).init(jax.random.key(1), **x)
+    x = {
+        k: jax.random.normal(jax.random.key(i), s.shape)
+        for i, (k, s) in enumerate(Flux.inputs_spec(TRANSFORMER, 2).items())
+    }
+    base = Flux(TRANSFORMER).init(jax.random.key(1), **x)
 
     def loss(p):
         prompt, _ = DynaIP(config).apply({"params": p}, SUBJECTS)
-        return jnp.mean(Flux(BASE).apply(base, **x, image_prompt=prompt) ** 2)
+        return jnp.mean(Flux(TRANSFORMER).apply(base, **x, image_prompt=prompt) ** 2)
 
     grads = jax.grad(loss)(params)
     for kind in ("double", "single"):
