@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Tensor = jax.Array | np.ndarray  # in shape annotations: `Float[Tensor, "b n h d"]`
 
 
 class Sites(NamedTuple):

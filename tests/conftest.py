@@ -2,18 +2,25 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # nothing is left in the user's cache
+# Compiled programs are shared by the workers and children of a run of the tests; nothing is left in the user's cache.
+COMPILED, OWNER = "DYNAIP_TESTS_COMPILED", os.environ.get("PYTEST_XDIST_WORKER") is None
+if OWNER:
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="dynaip_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[COMPILED]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jaxtyping  # noqa: E402
 
 import tests.typechecked  # noqa: E402, F401  (named below)
 
 # Array shapes in annotations are checked wherever tests reach them.
-jaxtyping.install_import_hook(["dynaip_jax.data", "dynaip_jax.images"], "tests.typechecked.check")
+jaxtyping.install_import_hook(["dynaip_jax.data", "dynaip_jax.images", "dynaip_jax.layers"], "tests.typechecked.check")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -26,6 +33,12 @@ from dynaip_jax.testing import make_adapter, make_bundle  # noqa: E402
 from tests.fake_bucket import fake_bucket  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_unconfigure(config):
+    """The folder of compiled programs goes with the process that made it."""
+    if OWNER:
+        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import jax
+from jaxtyping import Float
 
 from dynaip_jax.layers import kernels
+from dynaip_jax.types import Tensor
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Tensor, "b n h d"],
+    k: Float[Tensor, "b m h d"],
+    v: Float[Tensor, "b m h e"],
     *,
-    bias: jax.Array | None = None,
+    bias: Float[Tensor, "batch heads n m"] | None = None,
     scale: float | None = None,
     kernel: str = "auto",
-) -> jax.Array:
+) -> Float[jax.Array, "b n h e"]:
     """Softmax attention: `q` `[b, n, h, d]`, `k`, `v` `[b, m, h, d]` -> `[b, n, h, d]`; the one door to every kernel.
 
     `bias` is added to the logits, `[1 or b, h or 1, n, m]`; `scale` defaults to 1/sqrt(d). The softmax runs in float32.

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from dynaip_jax import choices
 from dynaip_jax.layers import regions
 from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.regions import Found
-from dynaip_jax.types import KV, ImagePrompt
+from dynaip_jax.types import KV, ImagePrompt, Tensor
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ def after_block(injection: Injection, stream: jax.Array, term: jax.Array | None)
     return stream if term is None or injection.site != "residual" else stream + term.reshape(stream.shape)
 
 
-def reference_attention(q: jax.Array, kv: KV, gain: jax.Array, merge: str = "sum", kernel: str = "auto") -> jax.Array:
+def reference_attention(
+    q: Float[Tensor, "b n h d"], kv: KV, gain: Float[Tensor, "b n s"], merge: str = "sum", kernel: str = "auto"
+) -> Float[jax.Array, "b n h d"]:
     """Sum over subjects of gain · softmax(q K_sᵀ/√d) V_s: `q` `[b, n, h, d]`, K and V `[b or 1, s, m, h, d]` -> `[b, n, h, d]`.
 
     `gain` `[b, n, s]` weighs each subject in each row. The softmax runs over the tokens `m` of one subject (`merge` "sum", with
@@ -175,7 +178,9 @@ def reference_attention(q: jax.Array, kv: KV, gain: jax.Array, merge: str = "sum
     return functools.reduce(jnp.add, terms)
 
 
-def row_gain(gain: jax.Array, region: jax.Array | None, batch: int, rows: int) -> jax.Array:
+def row_gain(
+    gain: Float[Tensor, "gains s"], region: Float[Tensor, "regions s {rows}"] | None, batch: int, rows: int
+) -> Float[jax.Array, "{batch} {rows} s"]:
     """`[batch, rows, s]` from one block's gain `[b or 1, s]` and the region `[b or 1, s, rows]` (None: 1 everywhere)."""
     per_row = gain[:, None, :] if region is None else gain[:, None, :] * jnp.moveaxis(region, 1, 2)
     return jnp.broadcast_to(per_row, (batch, rows, gain.shape[-1]))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dynaip_jax.choices import KERNELS
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.sharding import platform, spec
+from dynaip_jax.types import Tensor
 
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 HEAD_SIZES = (128, 256)  # of splash: multiples of 128 whose blocks fit a TPU core's own memory
@@ -20,7 +21,7 @@ BLOCKS = (1024, 768, 512, 384, 256, 128)  # splash: rows of q and of k held at o
 WORTH = 512 * 512  # logits a head from which a fused kernel is taken by "auto"
 
 
-def choose(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> str:
+def choose(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
     """The name of the kernel for a call: `kernel` itself, or for "auto" the fastest that fits the platform and the call.
 
     Raises `UserError` for a kernel asked for by name that does not fit, and for one that does not exist.
@@ -38,7 +39,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Arra
     return "per_head" if here == "cpu" else "xla"
 
 
-def _problem(kernel: str, here: str, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> str | None:
+def _problem(kernel: str, here: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
     """Why `kernel` cannot serve a call; None if it can."""
     if kernel not in PLATFORM:
         return None

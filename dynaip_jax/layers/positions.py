@@ -5,9 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32
+
+from dynaip_jax.types import Tensor
+
+Rope = tuple[Float32[jax.Array, "b n half"], Float32[jax.Array, "b n half"]]
 
 
-def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+def timestep_embedding(t: Float[Tensor, " b"], dim: int, max_period: float = 10_000.0) -> Float32[jax.Array, "b {dim}"]:
     """Sinusoidal embedding, float32 `[b, dim]` of `t` `[b]` in [0, 1] (or a guidance scale): cos then sin of 1000 t.
 
     Source: FLUX `timestep_embedding` (time factor 1000). Stays in float32 whatever the compute dtype: in bfloat16 a
@@ -19,8 +24,8 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
 
 
-def rope_table(ids: jax.Array, axes_dim: tuple[int, ...], theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each float32 `[..., n, sum(axes_dim) / 2]`, of positions `ids` `[..., n, len(axes_dim)]`.
+def rope_table(ids: Float[Tensor, "b n axes"], axes_dim: tuple[int, ...], theta: float) -> Rope:
+    """Cosine and sine, each float32 `[b, n, sum(axes_dim) / 2]`, of positions `ids` `[b, n, len(axes_dim)]`.
 
     Frequencies are computed in float64 at trace time.
     """
@@ -32,7 +37,7 @@ def rope_table(ids: jax.Array, axes_dim: tuple[int, ...], theta: float) -> tuple
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x: Float[Tensor, "b n h d"], rope: tuple[jax.Array, jax.Array]) -> Float[jax.Array, "b n h d"]:
     """Rotates adjacent pairs of the last axis of `x` `[b, n, h, d]` in float32; `rope` as from `rope_table`, `[b, n, d/2]`."""
     cos, sin = (r[..., None, :] for r in rope)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from dynaip_jax.layers.attention import attention
+from dynaip_jax.types import Tensor
 
 
 class Found(NamedTuple):
@@ -20,7 +22,7 @@ class Found(NamedTuple):
     blocks: jax.Array
 
 
-def smoothing_matrix(ids: jax.Array, sigma: float = 1.0) -> jax.Array:
+def smoothing_matrix(ids: Float[Tensor, "b i axes"], sigma: float = 1.0) -> Float32[jax.Array, "b i i"]:
     """Gaussian weights of the distance between positions `ids` `[b, i, 3]`, float32 `[b, i, i]`, rows sum to 1.
 
     As large as the logits of one attention head: one for all blocks, and no need to know the grid's shape.
@@ -29,7 +31,13 @@ def smoothing_matrix(ids: jax.Array, sigma: float = 1.0) -> jax.Array:
     return jax.nn.softmax(-0.5 * distance.astype(jnp.float32) / sigma**2, axis=-1)
 
 
-def word_scores(q: jax.Array, k: jax.Array, words: jax.Array, smoothing: jax.Array, kernel: str = "auto") -> jax.Array:
+def word_scores(
+    q: Float[Tensor, "b i h d"],
+    k: Float[Tensor, "b t h d"],
+    words: Float[Tensor, "words s t"],
+    smoothing: Float[Tensor, "ids i i"],
+    kernel: str = "auto",
+) -> Float32[jax.Array, "b s i"]:
     """How strongly image rows attend to each subject's words, in logarithms: float32 `[b, s, i]`.
 
     `q` `[b, i, h, d]` of the image rows and `k` `[b, t, h, d]` of the text rows, both after RoPE; `words` `[b or 1, s, t]`;
@@ -43,7 +51,7 @@ def word_scores(q: jax.Array, k: jax.Array, words: jax.Array, smoothing: jax.Arr
     return jnp.log(score + jnp.finfo(jnp.float32).tiny)
 
 
-def auto_region(scores: jax.Array, sharpness: float) -> jax.Array:
+def auto_region(scores: Float[Tensor, "b s i"], sharpness: float) -> Float[jax.Array, "b s i"]:
     """Where each subject belongs, float32 `[b, s, i]`, rows sum over s to 1: exp(scores)^sharpness / sum over subjects.
 
     `scores` `[b, s, i]`: `word_scores` of a block, or their mean over several. Training-free; our reconstruction

@@ -7,7 +7,7 @@ import pytest
 
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
 from dynaip_jax.adapters.hmoe import Expert, HMoE, HMoEConfig
-from dynaip_jax.models.flux import Flux
+from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.testing import tiny_family
 
 TINY = HMoEConfig(clip_width=12, levels=(1, 2, 3), expert_width=24, width=16, resampler_heads=2)
