@@ -56,7 +56,7 @@ LAZY = (
 )
 BACKBONES = ("flux",)  # words that name a backbone
 NAMED_IN = (  # where such a word may stand: a backbone's own files, its recipes, what is about it alone
-    r"dynaip_jax/(models|families)/\w+\.py", r"dynaip_jax/testing\.py", r"tools/convert_torch_weights/\w+\.py", r"configs/.*",
+    r"dynaip_jax/(models|families)/\w+\.py", r"dynaip_jax/testing\.py", r"tools/convert_torch_weights/(flux\w*|registry)\.py", r"configs/.*",
     r"benchmarks/.*", r"train/shapeland/configs\.py",
 )  # fmt: skip
 EXAMPLE = re.compile(r"(bundles|configs|runs|caches)/flux[\w.-]*|FLUX\.1[\w.-]*/")  # paths in help texts

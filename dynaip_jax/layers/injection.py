@@ -17,7 +17,7 @@ from jaxtyping import Float
 from dynaip_jax import choices
 from dynaip_jax.layers import regions
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.regions import Found
+from dynaip_jax.layers.regions import RegionScores
 from dynaip_jax.types import KV, ImagePrompt, Tensor
 
 
@@ -63,12 +63,12 @@ class Places(NamedTuple):
 
 class Shares(NamedTuple):
     """An `ImagePrompt` as a backbone hands it out: to the dual-stream blocks and the single-stream ones (stacked, or None), to all,
-    and what they carry from one to the next (None where regions are not to be found)."""
+    and what they carry from one to the next (None where regions are not to be evidence)."""
 
     double: BlockPrompt | None
     single: BlockPrompt | None
     places: Places
-    found: Found | None
+    evidence: RegionScores | None
 
 
 class Rows(NamedTuple):
@@ -112,7 +112,7 @@ def shares(
         return Shares(of_double, of_single, Places(prompt.region), None)
     scores = jnp.zeros((batch, words.shape[1], ids.shape[1]))
     places = Places(prompt.region, words, regions.smoothing_matrix(ids))
-    return Shares(of_double, of_single, places, Found(scores, jnp.zeros(())))
+    return Shares(of_double, of_single, places, RegionScores(scores, jnp.zeros(())))
 
 
 def _words(prompt: ImagePrompt, text_rows: int) -> jax.Array | None:
@@ -129,23 +129,28 @@ def _words(prompt: ImagePrompt, text_rows: int) -> jax.Array | None:
 
 
 def reference_term(
-    injection: Injection, kernel: str, rows: Rows, prompt: BlockPrompt | None, places: Places, found: Found | None
-) -> tuple[jax.Array | None, Found | None]:
-    """What the subjects give a block, `[b, n, h, d]` (None without a prompt), and `found` with what this block adds to it."""
+    injection: Injection,
+    kernel: str,
+    rows: Rows,
+    prompt: BlockPrompt | None,
+    places: Places,
+    evidence: RegionScores | None,
+) -> tuple[jax.Array | None, RegionScores | None]:
+    """What the subjects give a block, `[b, n, h, d]` (None without a prompt), and `evidence` with what this block adds to it."""
     if prompt is None:
-        return None, found
+        return None, evidence
     b, n = rows.query.shape[:2]
     region = places.given
-    if found is not None and places.words is not None and places.smoothing is not None:
+    if evidence is not None and places.words is not None and places.smoothing is not None:
         image, text = rows.rotated[:, rows.text :], rows.keys[:, : rows.text]
         scores = regions.word_scores(image, text, places.words, places.smoothing, kernel)
-        found = Found(found.scores + scores, found.blocks + 1)
-        region = regions.auto_region(found.scores / found.blocks, injection.sharpness)
+        evidence = RegionScores(evidence.scores + scores, evidence.blocks + 1)
+        region = regions.auto_region(evidence.scores / evidence.blocks, injection.sharpness)
     gain = jnp.concatenate(
         [row_gain(prompt.text_gain, None, b, rows.text), row_gain(prompt.image_gain, region, b, n - rows.text)], axis=1
     )
     query = rows.rotated if injection.query == "after_rope" else rows.query
-    return reference_attention(query, prompt.kv, gain, injection.merge, kernel), found
+    return reference_attention(query, prompt.kv, gain, injection.merge, kernel), evidence
 
 
 def before_projection(injection: Injection, heads: jax.Array, term: jax.Array | None) -> jax.Array:

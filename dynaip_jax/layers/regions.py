@@ -15,7 +15,7 @@ from dynaip_jax.layers.attention import attention
 from dynaip_jax.types import Tensor
 
 
-class Found(NamedTuple):
+class RegionScores(NamedTuple):
     """Where subjects belong by the blocks so far: the sum of their `word_scores`, `[b, s, i]`, and their number."""
 
     scores: jax.Array

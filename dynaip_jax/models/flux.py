@@ -22,7 +22,7 @@ from dynaip_jax.layers.basic import LayerNorm, RMSNorm, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares
 from dynaip_jax.layers.positions import apply_rope, rope_table, timestep_embedding
-from dynaip_jax.layers.regions import Found
+from dynaip_jax.layers.regions import RegionScores
 from dynaip_jax.layers.step_cache import StepCache, cached
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 from dynaip_jax.types import ImagePrompt
@@ -177,13 +177,13 @@ class DoubleBlock(nn.Module):
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
         c, p, how = self.config, self.compute, self.injection
-        img, txt, found = state
+        img, txt, evidence = state
         img_mod1, img_mod2 = Modulate(c, p, 2, name="img_mod")(shared.vec)
         txt_mod1, txt_mod2 = Modulate(c, p, 2, name="txt_mod")(shared.vec)
         img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
         txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
-        heads, term, found = _attend(p, how, qkv, shared, prompt, found, text_rows=txt.shape[1])
+        heads, term, evidence = _attend(p, how, qkv, shared, prompt, evidence, text_rows=txt.shape[1])
         (txt_heads, img_heads), (txt_term, img_term) = (_split(x, txt.shape[1]) for x in (heads, term))
 
         img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
@@ -191,7 +191,7 @@ class DoubleBlock(nn.Module):
         img = img + img_mod2.gate * MLP(c, p, name="img_mlp")(img_mod2(img))
         txt = txt + txt_mod2.gate * MLP(c, p, name="txt_mlp")(txt_mod2(txt))
         img, txt = injection.after_block(how, img, img_term), injection.after_block(how, txt, txt_term)
-        return (constrain(img, *ROWS), constrain(txt, *ROWS), found), None
+        return (constrain(img, *ROWS), constrain(txt, *ROWS), evidence), None
 
 
 class SingleBlock(nn.Module):
@@ -205,15 +205,15 @@ class SingleBlock(nn.Module):
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
         c, p, how = self.config, self.compute, self.injection
-        rows, found = state
+        rows, evidence = state
         (mod,) = Modulate(c, p, 1, name="modulation")(shared.vec)
         x = mod(rows)
-        heads, term, found = _attend(p, how, QKV(c, p, name="attn")(x), shared, prompt, found, self.text_rows)
+        heads, term, evidence = _attend(p, how, QKV(c, p, name="attn")(x), shared, prompt, evidence, self.text_rows)
         mlp = constrain(linear(c.mlp_dim, ("embed", "mlp"), name="mlp_in", **p.dtypes)(x), *WIDE)
         mlp = linear(c.hidden_size, ("mlp", "embed"), name="mlp_out", **p.dtypes)(nn.gelu(mlp, approximate=True))
         out = _attn_out(c, p, "attn_out", use_bias=False)(heads) + mlp
         rows = injection.after_block(how, rows + mod.gate * out, term)
-        return (constrain(rows, *ROWS), found), None
+        return (constrain(rows, *ROWS), evidence), None
 
 
 class Flux(nn.Module):
@@ -265,7 +265,7 @@ class Flux(nn.Module):
         ids_batch = max(txt_ids.shape[0], img_ids.shape[0])
         ids = [jnp.broadcast_to(x, (ids_batch, *x.shape[1:])) for x in (txt_ids, img_ids)]
         rope = rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta)
-        shared, state = Shared(vec, rope, share.places), (img, txt, share.found)
+        shared, state = Shared(vec, rope, share.places), (img, txt, share.evidence)
 
         def all_blocks(flux: Flux) -> jax.Array:
             return _all_blocks(flux, state, shared, share)
@@ -312,11 +312,11 @@ def _double_blocks(flux: Flux, depth: int, state, shared: Shared, prompt: BlockP
 def _all_blocks(flux: Flux, state, shared: Shared, share: Shares) -> jax.Array:
     """Image rows `[b, i, c]` after all blocks."""
     c, p = flux.config, flux.compute
-    img, txt, found = _double_blocks(flux, c.depth, state, shared, share.double)
+    img, txt, evidence = _double_blocks(flux, c.depth, state, shared, share.double)
     text_rows = txt.shape[1]
     blocks = scanned(SingleBlock, c.depth_single_blocks, remat=p.remat, in_axes=(nn.broadcast, 0))
     rows = jnp.concatenate([txt, img], axis=1)
-    (rows, _), _ = blocks(c, p, flux.injection, text_rows, name="single_blocks")((rows, found), shared, share.single)
+    (rows, _), _ = blocks(c, p, flux.injection, text_rows, name="single_blocks")((rows, evidence), shared, share.single)
     return rows[:, text_rows:]
 
 
@@ -337,16 +337,22 @@ def _first_block(state, shared: Shared, share: Shares, flux: Flux) -> jax.Array:
 
 
 def _attend(
-    p: Compute, how: Injection, qkv, shared: Shared, prompt: BlockPrompt | None, found: Found | None, text_rows: int
-) -> tuple[jax.Array, jax.Array | None, Found | None]:
+    p: Compute,
+    how: Injection,
+    qkv,
+    shared: Shared,
+    prompt: BlockPrompt | None,
+    evidence: RegionScores | None,
+    text_rows: int,
+) -> tuple[jax.Array, jax.Array | None, RegionScores | None]:
     """Heads `[b, n, h, d]` of the joint attention with RoPE, with the reference term where it is added there; the term itself, whose
-    keys stand at position 0; and `found` with what this block adds to it."""
+    keys stand at position 0; and `evidence` with what this block adds to it."""
     q, k, v = (constrain(x, *HEADS) for x in qkv)
     rotated, keys = apply_rope(q, shared.rope), apply_rope(k, shared.rope)
     heads = attention(rotated, keys, v, kernel=p.attention)
     rows = injection.Rows(q, rotated, keys, text_rows)
-    term, found = injection.reference_term(how, p.attention, rows, prompt, shared.places, found)
-    return injection.before_projection(how, heads, term), term, found
+    term, evidence = injection.reference_term(how, p.attention, rows, prompt, shared.places, evidence)
+    return injection.before_projection(how, heads, term), term, evidence
 
 
 def _split(x: jax.Array | None, text_rows: int) -> tuple[jax.Array | None, jax.Array | None]:

@@ -13,7 +13,7 @@ from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places
 from dynaip_jax.layers.packing import image_ids
 from dynaip_jax.layers.positions import apply_rope, rope_table
-from dynaip_jax.layers.regions import Found
+from dynaip_jax.layers.regions import RegionScores
 from dynaip_jax.models import flux
 from dynaip_jax.models.flux import DoubleBlock, Flux, FluxConfig, Shared, SingleBlock
 from dynaip_jax.types import KV, ImagePrompt
@@ -320,7 +320,7 @@ def test_a_block_reads_image_queries_and_text_keys_after_rope_and_adds_to_what_i
     rope, bank = rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), KV(*(x[0] for x in kv(1)))
     prompt, smoothing = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S))), regions.smoothing_matrix(image_ids(8, 8))
     how, own = Injection(sharpness=3.0), words(1, 6)
-    before = Found(normal(5, B, S, I), jnp.float32(2))
+    before = RegionScores(normal(5, B, S, I), jnp.float32(2))
     shared = Shared(q[:, 0, 0], rope, Places(None, own, smoothing))
     found, _, after = flux._attend(Compute(), how, (q, k, v), shared, prompt, before, T)
     rotated, keys = (apply_rope(x, rope) for x in (q, k))
