@@ -12,13 +12,10 @@ import colorsys
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-
-from dynaip_jax.data.check import png
-from dynaip_jax.data.records import Record
 
 SIZE = 64
 CLASSES = ("arrow", "circle", "cross", "crown", "fish", "heart", "moon", "square", "star", "triangle")
@@ -30,7 +27,6 @@ EMBLEMS = ("none", "disc", "bar", "plus")
 RADII = {1: (15.0, 18.5), 2: (11.0, 13.0), 3: (9.0, 10.5)}  # pixels, by the number of subjects
 LARGE = (21.0, 26.0)  # of the one subject of a close view
 COLOURS = ("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "pink")
-DESCRIBED = 0.4  # share of one-subject scenes whose caption tells the look
 SPLITS = {"train": 0, "judge": 1, "test": 2}  # no identity is in two of them
 
 
@@ -78,7 +74,7 @@ class Picture(NamedTuple):
 
 
 def generator(seed: int, split: str, number: int) -> np.random.Generator:
-    """The chance that decides about item `number` of a split."""
+    """The source of all randomness of item `number` of a split."""
     return np.random.default_rng((seed, SPLITS[split], number))
 
 
@@ -135,11 +131,16 @@ def sample_scene(
     )
 
 
+def close_view(rng: np.random.Generator, subject: Placed) -> Scene:
+    """A reference picture of `subject`: large, on a background and in a light of its own."""
+    return sample_scene(rng, subjects=[(subject.kind, subject.identity)], large=True)
+
+
 def caption(scene: Scene) -> str:
-    """What a prompt says of a scene: classes, columns, background, light."""
+    """The prompt of a scene: classes, columns, background, light."""
     if not scene.subjects:
-        return f"{_setting(scene)}"
-    parts = [f"{_place(s, _article(s.kind))}" for s in scene.subjects]
+        return _setting(scene)
+    parts = [_place(s, article(s.kind)) for s in scene.subjects]
     return f"{_listed(parts)} {_setting(scene)}"
 
 
@@ -149,7 +150,7 @@ def description(scene: Scene) -> str:
     for s in scene.subjects:
         first, second = _colour(s.identity.first), _colour(s.identity.second)
         emblem = "" if s.identity.emblem == "none" else f" and a {_grey(s.identity.emblem_shade)} {s.identity.emblem}"
-        look = f"{_article(first, s.kind)} with {second} {s.identity.pattern}{emblem}"
+        look = f"{article(first, s.kind)} with {second} {s.identity.pattern}{emblem}"
         parts.append(_place(s, look))
     return f"{_listed(parts)} {_setting(scene)}".strip()
 
@@ -169,7 +170,8 @@ def _setting(scene: Scene) -> str:
     return f"on {scene.background} at {scene.light}"
 
 
-def _article(*words: str) -> str:
+def article(*words: str) -> str:
+    """The words with "a" or "an" before them."""
     text = " ".join(words)
     return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
@@ -361,48 +363,3 @@ def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
     """Smooth noise `[H, W]` of about unit size, `cells` a side."""
     grid = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
     return np.asarray(grid.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-
-
-def sample_mixed(rng: np.random.Generator) -> Scene:
-    """A scene of the mixture that the base model is trained on: 1 to 3 subjects, a few of them seen close."""
-    u = rng.random()
-    return sample_scene(rng, 1, large=True) if u < 0.08 else sample_scene(rng, 1 if u < 0.5 else 2 if u < 0.78 else 3)
-
-
-def scene_row(seed: int, n: int, split: str = "train") -> Record:
-    """Row n of the trainer's data contract for text to image: a scene of 1 to 3 subjects with its caption or, for a part of
-    those of one subject, its description: a base model knows words for looks too."""
-    rng = generator(seed, split, n)
-    scene = sample_mixed(rng)
-    described = len(scene.subjects) == 1 and rng.random() < DESCRIBED
-    return _record(n, scene, None, description(scene) if described else caption(scene))
-
-
-def pair_row(seed: int, n: int, split: str = "train", reference: Literal["other", "same"] = "other") -> Record:
-    """Row n of the trainer's data contract for the adapter: a scene of one subject, and as reference a close view of the same
-    subject in another scene ("other") or the scene itself ("same")."""
-    rng = generator(seed, split, n)
-    scene = sample_scene(rng, 1, large=bool(rng.random() < 0.15))
-    close = close_view(rng, scene.subjects[0]) if reference == "other" else None
-    return _record(n, scene, close, caption(scene))
-
-
-def close_view(rng: np.random.Generator, subject: Placed) -> Scene:
-    """A reference picture of `subject`: large, in a setting of its own."""
-    return sample_scene(rng, subjects=[(subject.kind, subject.identity)], large=True)
-
-
-def _record(n: int, scene: Scene, reference: Scene | None, text: str) -> Record:
-    picture = render(scene)
-    shown = render(reference) if reference else picture
-    whole = np.array([0, 0, SIZE, SIZE], np.int32)
-    return Record(
-        number=n + 1,
-        target=png(picture.image),
-        target_box=whole,
-        reference=png(shown.image) if reference else b"",
-        reference_box=whole,
-        mask=png(np.round(shown.masks[0] * 255).astype(np.uint8)) if reference or len(scene.subjects) == 1 else b"",
-        caption=text,
-        subject=_article(scene.subjects[0].kind),
-    )

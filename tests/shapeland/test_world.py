@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from dynaip_jax import images
-from dynaip_jax.data.records import Dataset, write_dataset
 from dynaip_jax.shapeland import world as synthetic
+from dynaip_jax.shapeland.dataset import sample_mixed
 
 
 def scene(seed=0, count=1, split="test", **options):
@@ -61,7 +60,7 @@ def test_light_is_a_factor_of_each_channel():
 def test_captions_name_class_and_scene_and_never_the_identity():
     look = {*synthetic.COLOURS, *synthetic.PATTERNS, *synthetic.EMBLEMS, "dark", "black", "white"}
     for n in range(200):
-        s = synthetic.sample_mixed(synthetic.generator(0, "test", n))
+        s = sample_mixed(synthetic.generator(0, "test", n))
         words = synthetic.caption(s).split()
         assert not look & set(words)
         assert {s.background, s.light, *(x.kind for x in s.subjects)} <= set(words)
@@ -77,26 +76,6 @@ def test_subjects_are_of_different_classes_in_different_columns_and_whole(count)
         assert len({s.kind for s in subjects}) == len({s.position for s in subjects}) == count
         for s in subjects:
             assert abs(s.x - synthetic.POSITIONS[s.position]) < 9 and s.radius <= s.x <= synthetic.SIZE - s.radius
-
-
-def test_rows_are_those_of_the_trainer(tmp_path):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    rows = [synthetic.pair_row(0, n) for n in range(3)] + [synthetic.pair_row(0, 3, reference="same")]
-    assert write_dataset(folder, rows) == 4
-    found = Dataset(folder)
-    assert found.masked.all() and (found.sizes == synthetic.SIZE).all()
-    target, reference = (images.load_image("x", data=x) for x in (found[0].target, found[0].reference))
-    assert target.shape == reference.shape and (target != reference).any()
-    assert found[3].reference == b"" and found[0].subject.split()[-1] in found[0].caption
-    mask = images.load_image("x", data=found[0].mask)
-    assert 0.1 < (mask > 127).mean() < 0.7  # a close view
-
-
-def test_a_base_reads_looks_in_some_captions_only():
-    captions = [synthetic.scene_row(0, n).caption for n in range(60)]
-    told = [c for c in captions if set(c.split()) & set(synthetic.PATTERNS)]
-    assert 5 < len(told) < 25
 
 
 def test_a_pair_shows_one_identity_twice():

@@ -40,7 +40,7 @@ from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.t5 import T5Config
 from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
-from dynaip_jax.shapeland import default
+from dynaip_jax.shapeland import dataset, default
 from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
 from dynaip_jax.shapeland.judge import Judge, init_judge
@@ -240,7 +240,7 @@ def _unit(pictures: ArrayLike) -> jax.Array:
 
 
 def _image(seed: int, n: int) -> np.ndarray:
-    return synthetic.render(synthetic.sample_mixed(synthetic.generator(seed, "train", n))).image
+    return synthetic.render(dataset.sample_mixed(synthetic.generator(seed, "train", n))).image
 
 
 def train_vae(folder: Path, seed: int) -> None:
@@ -295,7 +295,7 @@ KL = 0.006  # at this weight the noise of latents costs about 0.006 in [-1, 1] o
 
 
 def _caption(seed: int, n: int) -> str:
-    return synthetic.caption(synthetic.sample_mixed(synthetic.generator(seed, "train", n)))
+    return synthetic.caption(dataset.sample_mixed(synthetic.generator(seed, "train", n)))
 
 
 def train_text(folder: Path, seed: int) -> None:
@@ -460,7 +460,7 @@ JUDGE_POOL, JUDGE_STEPS, IDENTITY_SCALE = 8000, 1600, 10.0
 
 def write_world(folder: Path, seed: int) -> None:
     """The two datasets of the trainer: scenes for the base, pairs of one subject for the adapter."""
-    for name, make, count in (("scenes", synthetic.scene_row, SCENES), ("pairs", synthetic.pair_row, PAIRS)):
+    for name, make, count in (("scenes", dataset.scene_record, SCENES), ("pairs", dataset.pair_record, PAIRS)):
         with replacing(folder / name, overwrite=True, marks=("index.npz",)) as work:
             write_dataset(work, _in_processes(partial(make, seed), count))
 
@@ -521,11 +521,11 @@ def train_adapter(folder: Path, seed: int) -> None:
 
 
 def _trained(
-    config: TrainConfig, folder: Path, seed: int, bundle: Path, dataset: Path, features: Path | None = None
+    config: TrainConfig, folder: Path, seed: int, bundle: Path, records: Path, features: Path | None = None
 ) -> Path:
     """Caches the features of `dataset` (in `folder`, unless `features` says where), trains on them, and returns the run's folder."""
     config = dataclasses.replace(
-        config, bundle=str(bundle), seed=seed, data=dataclasses.replace(config.data, path=str(dataset), seed=seed)
+        config, bundle=str(bundle), seed=seed, data=dataclasses.replace(config.data, path=str(records), seed=seed)
     )
     features = features or folder / "features"
     if not features.exists():
@@ -570,12 +570,12 @@ def train_variants(folder: Path, seed: int) -> None:
             adapter=dataclasses.replace(ADAPTER.adapter, **changes),
         )
         same = name == SAME_PICTURE
-        dataset = root / "world" / ("same" if same else "pairs")
-        if same and not dataset.exists():
-            with replacing(dataset, overwrite=True, marks=("index.npz",)) as work:
-                write_dataset(work, _in_processes(partial(synthetic.pair_row, seed, reference="same"), PAIRS // 2))
+        records = root / "world" / ("same" if same else "pairs")
+        if same and not records.exists():
+            with replacing(records, overwrite=True, marks=("index.npz",)) as work:
+                write_dataset(work, _in_processes(partial(dataset.pair_record, seed, reference="same"), PAIRS // 2))
         features = (folder if same else root / "adapter") / "features"
-        run = _trained(config, folder / name, seed, bundle, dataset, features)
+        run = _trained(config, folder / name, seed, bundle, records, features)
         export(run, folder / name / "adapter", None, dtype=SHIPPED, overwrite=True)
 
     judge = read_tree(root / "judge" / WEIGHTS)
