@@ -3,7 +3,7 @@
 python -m benchmarks.shortcuts [--num N] [--seed N] [--out FILE.json]
 
 Shapeland, one subject, the embedded model, one picture at a time as a user draws them, the same cases and noise for all. CP, PF and CP·PF: see
-`dynaip_jax.shapeland.measure`; `difference`: mean absolute difference from the picture in full, of 255; `cached`: share of the steps that
+`dynaip_jax.shapeland.scoring`; `difference`: mean absolute difference from the picture in full, of 255; `cached`: share of the steps that
 ran the first block alone; `time`: seconds a picture over those of the first row, in turns, compilation left out.
 """
 
@@ -20,8 +20,9 @@ import numpy as np
 
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
-from dynaip_jax.shapeland import measure as shapeland
-from dynaip_jax.shapeland import world as synthetic
+from dynaip_jax.shapeland.cases import make_cases
+from dynaip_jax.shapeland.scoring import calibrate, scores
+from dynaip_jax.shapeland.world import caption
 from dynaip_jax.storage.tensors import read_tree
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -42,14 +43,14 @@ def main() -> int:
     args = parser.parse_args()
     model, adapter = default.paths()
     judge = read_tree(default.JUDGE)
-    known = shapeland.calibrate(judge, 1)
-    cases = shapeland.make_cases(1, args.seed, args.num)
+    known = calibrate(judge, 1)
+    cases = make_cases(1, args.seed, args.num)
     pipes = {kind: DynaIPPipeline.load(model, adapter, weights=kind) for kind in ("full", "int8", "fp8")}
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in ROWS}
     seconds, cached = dict.fromkeys(ROWS, 0.0), dict.fromkeys(ROWS, 0.0)
     for n in range(-1, args.num):  # the first round compiles
         case = max(n, 0)
-        prompt, reference = synthetic.caption(cases.scenes[case]), cases.references[case][0]
+        prompt, reference = caption(cases.scenes[case]), cases.references[case][0]
         for name, row in ROWS.items():
             options = {k: v for k, v in row.items() if k != "weights"}
             start = time.perf_counter()
@@ -61,7 +62,7 @@ def main() -> int:
     found, full = {}, np.stack(pictures["in full"]).astype(float)
     for name in ROWS:
         drawn = np.stack(pictures[name])
-        cp, pf = shapeland.scores(judge, drawn, cases, known)
+        cp, pf = scores(judge, drawn, cases, known)
         found[name] = dict(
             cp=cp.mean(), pf=pf.mean(), cp_pf=(cp * pf).mean(), difference=np.abs(drawn - full).mean(),
             cached=cached[name], time=seconds[name] / seconds["in full"],

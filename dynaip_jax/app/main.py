@@ -389,14 +389,13 @@ def evaluate(args: argparse.Namespace) -> int:
         raise UserError(f"--seed {args.seed}: expected a number from 0 to {2**32 - 1}")
 
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
-    from dynaip_jax.shapeland import default
-    from dynaip_jax.shapeland import measure as shapeland
+    from dynaip_jax.shapeland import default, measure, scoring
     from dynaip_jax.storage.tensors import read_tree
 
     model, adapter, stored = args.model, args.adapter, []
     if model is None:
         model, embedded = default.paths()
-        stored = [] if adapter else shapeland.retrained()
+        stored = [] if adapter else measure.retrained()
         adapter = adapter or embedded
     names = args.rows
     if names is not None:
@@ -404,14 +403,14 @@ def evaluate(args: argparse.Namespace) -> int:
         names = [name for name in names if name not in {row["name"] for row in stored}]
     pipe = DynaIPPipeline.load(model, adapter)
     subjects = sorted(set(args.subjects))
-    shapeland.check(pipe, names, subjects)
+    measure.check(pipe, names, subjects)
     judge = read_tree(args.judge or default.JUDGE)
-    calibrations = {s: shapeland.calibrate(judge, s) for s in subjects}
-    rows = shapeland.evaluate(
+    calibrations = {s: scoring.calibrate(judge, s) for s in subjects}
+    rows = measure.evaluate(
         pipe, judge, names, subjects, args.seed, args.num, progress=sys.stderr.isatty(), calibrations=calibrations
     )
     rows += [row for row in stored if row["subjects"] in subjects]
-    for doubt in shapeland.doubts(calibrations):
+    for doubt in scoring.doubts(calibrations):
         print(f"warning: {doubt}", file=sys.stderr)
     if args.json:
         import json
@@ -419,7 +418,7 @@ def evaluate(args: argparse.Namespace) -> int:
         known = {s: calibration._asdict() for s, calibration in calibrations.items()}
         print(json.dumps(dict(rows=rows, seed=args.seed, num=args.num, model=str(model), judge=known), indent=1))
         return 0
-    print(f"The judge on true renders:\n\n{shapeland.judge_table(calibrations)}\n\n{shapeland.table(rows)}")
+    print(f"The judge on true renders:\n\n{scoring.judge_table(calibrations)}\n\n{measure.table(rows)}")
     return 0
 
 

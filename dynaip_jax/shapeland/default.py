@@ -1,4 +1,4 @@
-"""The embedded default: the models of Shapeland that come with the package, trained by `train/shapeland.py`."""
+"""Where the models of Shapeland lie that come with the package. `train.shapeland` trained them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dynaip_jax import images
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
-from dynaip_jax.shapeland import default
-from dynaip_jax.shapeland import measure as shapeland
-from dynaip_jax.shapeland import world as synthetic
+from dynaip_jax.shapeland import default, world
+from dynaip_jax.shapeland.measure import evaluate, table
+from dynaip_jax.shapeland.scoring import calibrate, judge_table
 from dynaip_jax.storage.tensors import read_tree
 
 CELL, STRIP = 160, 26  # pixels
@@ -24,64 +24,72 @@ MEASURED = {1: ["default", "dds-off", "text-only", "true-render"], 2: ["default"
 CASES = 64
 GRANULARITY = {"low level": (1, 0, 0), "middle level": (0, 1, 0), "high level": (0, 0, 1)}
 
-Panels = dict[str, Any]  # label -> uint8 [H, W, 3]
+Panels = dict[str, np.ndarray]  # label -> uint8 [H, W, 3]
+Painter = Callable[..., np.ndarray]  # (prompt, *references, **options of sampling) -> uint8 [H, W, 3]
 
 
 def draw(output: Path, reference: Path | None = None, prompt: str | None = None, *, overwrite: bool) -> None:
-    """Writes the figure: with references out of Shapeland, or with a picture and a prompt of one's own."""
-    pipe, base = DynaIPPipeline.load(*default.paths()), DynaIPPipeline.load(default.paths()[0])
+    """Writes the figure: with references out of Shapeland, or with your own `reference` and `prompt` (pass both)."""
     if reference is not None and prompt is not None:
         first, prompts = images.load_image(reference), [prompt]
     else:
         first, prompts = _reference(*SUBJECTS[0]), list(PROMPTS)
-
-    def picture(text: str, *references: np.ndarray, **options: Any) -> np.ndarray:
-        return np.asarray((pipe if references else base)(text, references, seed=0, **options).images[0])
-
-    rows: list[tuple[str, Panels]] = [
-        (
-            text,
-            {
-                "reference": images.square(first),
-                "text only": picture(text),
-                "DDS off": picture(text, first, text_gain=1.0),
-                "DDS on (default)": picture(text, first),
-            },
-        )
-        for text in prompts
-    ]
+    picture = _painter()
+    rows = [(text, _comparison(picture, text, first)) for text in prompts]
     levels = {label: picture(prompts[0], first, granularity=weights) for label, weights in GRANULARITY.items()}
     rows.append((f"granularity: {prompts[0]}", levels | {"router (default)": rows[0][1]["DDS on (default)"]}))
     if reference is None:
-        second = _reference(*SUBJECTS[1])
-        both, words = (first, second), [kind for kind, _ in SUBJECTS]
-        panels = {
-            "second reference": second,
-            "text only": picture(TWO),
-            "no regions": picture(TWO, *both),
-            "found regions (default)": picture(TWO, *both, words=words),
-        }
-        rows.append((TWO, panels))
+        rows.append((TWO, _two_subjects(picture, first, _reference(*SUBJECTS[1]))))
     images.save_png(_figure(rows), output, dict(rows=[[text, *panels] for text, panels in rows]), overwrite=overwrite)
 
 
 def measures() -> str:
-    """The judge's accuracy and the short table of `MEASURED` rows on `CASES` cases each, as text."""
+    """The judge's accuracy and a short table: the `MEASURED` rows on `CASES` cases each, as text."""
     pipe, judge = DynaIPPipeline.load(*default.paths()), read_tree(default.JUDGE)
-    known = {s: shapeland.calibrate(judge, s) for s in MEASURED}
+    calibrations = {s: calibrate(judge, s) for s in MEASURED}
     rows = [
         row
         for s, names in MEASURED.items()
-        for row in shapeland.evaluate(pipe, judge, names, [s], num=CASES, calibrations=known)
+        for row in evaluate(pipe, judge, names, [s], num=CASES, calibrations=calibrations)
     ]
-    return f"The judge on true renders:\n\n{shapeland.judge_table(known)}\n\n{shapeland.table(rows)}"
+    return f"The judge on true renders:\n\n{judge_table(calibrations)}\n\n{table(rows)}"
+
+
+def _painter() -> Painter:
+    """Draws a prompt with the embedded model, which uses its adapter if there are references."""
+    bundle, adapter = default.paths()
+    pipe, base = DynaIPPipeline.load(bundle, adapter), DynaIPPipeline.load(bundle)
+
+    def picture(text: str, *references: np.ndarray, **options: Any) -> np.ndarray:
+        return np.asarray((pipe if references else base)(text, references, seed=0, **options).images[0])
+
+    return picture
+
+
+def _comparison(picture: Painter, text: str, reference: np.ndarray) -> Panels:
+    return {
+        "reference": images.square(reference),
+        "text only": picture(text),
+        "DDS off": picture(text, reference, text_gain=1.0),
+        "DDS on (default)": picture(text, reference),
+    }
+
+
+def _two_subjects(picture: Painter, first: np.ndarray, second: np.ndarray) -> Panels:
+    words = [kind for kind, _ in SUBJECTS]
+    return {
+        "second reference": second,
+        "text only": picture(TWO),
+        "no regions": picture(TWO, first, second),
+        "found regions (default)": picture(TWO, first, second, words=words),
+    }
 
 
 def _reference(kind: str, number: int) -> np.ndarray:
-    """A close view of a subject that no model was trained on."""
-    rng = synthetic.generator(0, "test", number)
-    scene = synthetic.sample_scene(rng, subjects=[(kind, synthetic.sample_identity(rng))], large=True)
-    return synthetic.render(scene).image
+    """A close view, uint8 `[H, W, 3]`, of a subject that no model was trained on."""
+    rng = world.generator(0, "test", number)
+    scene = world.sample_scene(rng, subjects=[(kind, world.sample_identity(rng))], large=True)
+    return world.render(scene).image
 
 
 def _figure(rows: Sequence[tuple[str, Panels]]) -> Image.Image:

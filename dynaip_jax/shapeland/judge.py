@@ -1,7 +1,7 @@
 """The judge of Shapeland: reads classes, columns, background, number and identity off a picture.
 
-A small convolutional net, trained on true renders of its own identities (`train/shapeland.py`); it shares nothing with the
-models it judges. Axis letters: b batch, g grid cells, k classes, c channels, d identity size.
+A small convolutional network, trained on ground-truth renders of identities of its own (`train.shapeland.judge`). It shares
+nothing with the models that it judges. Axis letters: b batch, g grid cells, k classes, c channels, d identity size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COUNTS = 4  # 0 to 3 subjects
 
 
 class Verdict(NamedTuple):
-    """Logits, but for the identity, which has unit length for each class (it means something for classes that are there)."""
+    """Logits, except `identity`: an embedding of unit length for each class, which means nothing for a class not in the picture."""
 
     present: jax.Array  # [b, k]
     position: jax.Array  # [b, k, 3]
@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
 
 
 class Judge(nn.Module):
-    """Pictures `[b, H, W, 3]` in [-1, 1] -> `Verdict`. Each class looks at the grid with an attention of its own."""
+    """Pictures `[b, H, W, 3]` in [-1, 1] -> `Verdict`. Each class has its own attention over the grid."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Verdict:
@@ -62,7 +62,7 @@ class Judge(nn.Module):
 
 
 def init_judge(key: jax.Array) -> Any:
-    """Fresh parameters."""
+    """Random parameters."""
     return nn.meta.unbox(Judge().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
 
 

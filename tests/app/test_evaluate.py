@@ -1,26 +1,12 @@
-"""`dynaip evaluate shapeland`: what its numbers mean, that they are of the pipeline's own pictures, and what it prints."""
+"""`dynaip evaluate shapeland`: what it prints and what it refuses."""
 
 import json
 import re
 
-import jax
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from dynaip_jax.flow import ScheduleConfig
-from dynaip_jax.sampling.pipeline import DynaIPPipeline
-from dynaip_jax.shapeland import default
-from dynaip_jax.shapeland import measure as shapeland
-from dynaip_jax.shapeland import world as synthetic
-from dynaip_jax.shapeland.judge import Verdict, init_judge
-from dynaip_jax.shapeland.world import BACKGROUNDS, CLASSES
-from dynaip_jax.storage.bundle import NewComponent, write_bundle
-from dynaip_jax.storage.codec import to_dict
-from dynaip_jax.storage.manifest import flatten
-from dynaip_jax.storage.tensors import read_tree
-from dynaip_jax.testing import make_adapter
-from train.shapeland.stages import CONFIGS, FAMILY, TOKENS, write_tokenizers
+from dynaip_jax.shapeland import default, scoring
+from tests.shapeland.models import make_judge, make_model
 
 KEYS = {"name", "subjects", "n", "cp", "pf", "cp_pf", "cp_ci", "pf_ci", "cp_pf_ci"}
 
@@ -28,92 +14,19 @@ KEYS = {"name", "subjects", "n", "cp", "pf", "cp_pf", "cp_ci", "pf_ci", "cp_pf_c
 @pytest.fixture(scope="module")
 def judge_file(tmp_path_factory):
     """Random weights of the judge."""
-    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
-    save_file({k: np.asarray(v) for k, v in flatten(init_judge(jax.random.key(0))).items()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def judge(judge_file):
-    return read_tree(judge_file)
+    return make_judge(tmp_path_factory.mktemp("judge") / "judge.safetensors")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """(bundle, adapter) of Shapeland's own sizes and words, with random weights."""
-    folder = tmp_path_factory.mktemp("shapeland")
-
-    def components():
-        for name, config in CONFIGS.items():
-            params = jax.tree.map(np.asarray, FAMILY.init_params(name, jax.random.key(0)))
-            yield NewComponent(name, to_dict(config), params, [dict(made_from="seed 0")])
-
-    write_bundle(
-        folder / "bundle", components(), family="flux", schedule=to_dict(ScheduleConfig()), text=TOKENS,
-        defaults=dict(steps=4, true_cfg=2.0, height=64, width=64), tokenizers=write_tokenizers(folder / "words"),
-    )  # fmt: skip
-    make_adapter(folder / "adapter", folder / "bundle")
-    return folder / "bundle", folder / "adapter"
-
-
-@pytest.fixture(scope="module")
-def pipe(model):
-    return DynaIPPipeline.load(*model)
+    return make_model(tmp_path_factory.mktemp("shapeland"))
 
 
 @pytest.fixture
 def few(monkeypatch):
-    """Fewer true renders to calibrate the judge on: quick, and good enough where it is not the matter."""
-    monkeypatch.setattr(shapeland, "HELD_OUT", 128)
-
-
-@pytest.mark.parametrize("subjects", (1, 3))
-def test_an_untrained_judge_is_doubted_and_cases_are_those_of_their_seed(judge, subjects):
-    known = shapeland.calibrate(judge, subjects)
-    cases = shapeland.make_cases(subjects, seed=5, num=24)
-    cp, pf = shapeland.scores(judge, cases.renders, cases, known)
-    assert cp.shape == pf.shape == (24,) and np.isfinite(cp).all() and ((pf >= 0) & (pf <= 1)).all()
-    again = shapeland.make_cases(subjects, seed=5, num=4)
-    np.testing.assert_array_equal(again.reposed, cases.reposed[:4])
-    assert shapeland.doubts({subjects: known})  # it cannot tell classes, and says so
-
-
-def test_scores_are_what_the_verdict_says(monkeypatch):
-    """A verdict made by hand: of two subjects one is there but in the wrong column, the background is right, the number wrong."""
-    cases = shapeland.make_cases(2, seed=5, num=1)
-    asked = shapeland.truth(cases.scenes)
-    first, second = np.flatnonzero(asked.position[0] >= 0)
-    present = np.full((1, len(CLASSES)), -1.0)
-    present[0, first] = 1
-    position = np.zeros((1, len(CLASSES), 3))
-    position[0, first, (asked.position[0, first] + 1) % 3] = 1
-    background = np.eye(len(BACKGROUNDS))[asked.background]
-    identity = np.zeros((1, len(CLASSES), 2))
-    identity[0, first], identity[0, second] = (1, 0), (0, 1)
-    seen = Verdict(present, position, background, np.eye(4)[[3]], identity)
-    target = seen._replace(identity=np.broadcast_to([1.0, 0.0], identity.shape))
-    verdicts = iter([seen, target])
-    monkeypatch.setattr(shapeland, "read", lambda *_: next(verdicts))
-    cp, pf = shapeland.scores(None, cases.renders, cases, shapeland.Calibration(same=0.9, other=0.1, accuracy={}))
-    assert pf[0] == pytest.approx(2 / 6)  # a class and the background
-    assert cp[0] == pytest.approx((0.5 - 0.1) / 0.8)
-
-
-@pytest.mark.parametrize(("row", "batch"), (("default", 2), ("regions-given", 1)))
-def test_pictures_are_the_pipelines(pipe, row, batch, monkeypatch):
-    """Case by case what `DynaIPPipeline` draws, though sampled in batches, the last of them filled up."""
-    monkeypatch.setattr(shapeland, "BATCH", batch)
-    monkeypatch.setitem(pipe.defaults, "steps", 4)
-    cases = shapeland.make_cases(2, seed=3, num=3)
-    batched = shapeland.draw(pipe, cases, shapeland.ROWS[row], seed=3)
-    vae = pipe.configs["vae"]
-    noise = shapeland._noise(3, np.arange(3), (vae.z_channels, 64 // vae.downsample, 64 // vae.downsample))
-    for n, scene in enumerate(cases.scenes):
-        words, masks = [s.kind for s in scene.subjects], shapeland._grown(cases.masks[n])
-        options = dict(words=words) if row == "default" else dict(masks=masks)
-        alone = pipe(synthetic.caption(scene), list(cases.references[n]), noise=np.asarray(noise[n : n + 1]), **options)
-        difference = np.abs(np.asarray(alone.images[0]).astype(int) - batched[n])
-        assert difference.max() <= 2, f"case {n}: pixels differ by up to {difference.max()}"
+    """Fewer ground-truth renders to calibrate the judge on: quick, where its accuracy does not matter."""
+    monkeypatch.setattr(scoring, "HELD_OUT", 128)
 
 
 def test_json_and_anchors(dynaip, few, model, judge_file):
@@ -180,9 +93,3 @@ def test_bad_options_get_one_line(dynaip, model, judge_file):
         status, stdout, stderr = dynaip("evaluate", "shapeland", *words)
         assert status == 2 and stdout == "", name
         assert re.fullmatch(f"error: .*{expected}.*\n", stderr), f"{name}: {stderr}"
-
-
-def test_a_model_of_another_size_is_refused(pipe, monkeypatch):
-    monkeypatch.setitem(pipe.defaults, "width", 128)
-    with pytest.raises(shapeland.UserError, match="draws 128 x 64 pixels; expected a model of Shapeland, 64 x 64"):
-        shapeland.check(pipe, None, (1,))

@@ -43,6 +43,7 @@ from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import dataset, default
 from dynaip_jax.shapeland import measure as shapeland
 from dynaip_jax.shapeland import world as synthetic
+from dynaip_jax.shapeland.cases import truth
 from dynaip_jax.shapeland.judge import Judge, init_judge
 from dynaip_jax.storage.bundle import NewComponent, replace_component, write_bundle
 from dynaip_jax.storage.codec import to_dict
@@ -401,7 +402,7 @@ def _judged(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
 
 
 def _labels(scene: synthetic.Scene) -> dict[str, Any]:
-    return {name: x[0].astype(np.int32) for name, x in shapeland.truth([scene])._asdict().items()}
+    return {name: x[0].astype(np.int32) for name, x in truth([scene])._asdict().items()}
 
 
 def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:

@@ -1,0 +1,19 @@
+"""`dynaip demo` with a drawing of your own."""
+
+from PIL import Image
+
+from dynaip_jax.images.files import read_settings
+from dynaip_jax.shapeland import world
+
+
+def test_a_drawing_of_ones_own(dynaip, tmp_path):
+    scene = world.sample_scene(world.generator(0, "test", 4), large=True)
+    Image.fromarray(world.render(scene).image).resize((300, 300)).save(tmp_path / "mine.png")
+    prompt = f"a {scene.subjects[0].kind} on the left on sand at noon"
+    command = ("demo", "--output", tmp_path / "o.png", "--reference", tmp_path / "mine.png")
+    status, stdout, stderr = dynaip(*command, "--prompt", prompt)
+    assert status == 0 and stdout.split() == [str(tmp_path / "o.png")], stderr
+    rows = read_settings(tmp_path / "o.png")["rows"]
+    assert rows[0] == [prompt, "reference", "text only", "DDS off", "DDS on (default)"] and len(rows) == 2
+    status, _, stderr = dynaip(*command, "--overwrite")
+    assert status == 2 and "--reference: given without --prompt" in stderr
