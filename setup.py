@@ -33,6 +33,7 @@ setup(
         "safetensors>=0.6",
         "ml_dtypes",
         "numpy",
+        "scipy>=1.15",
         "pillow>=11",
         "tyro>=0.9",
         "pyarrow",
