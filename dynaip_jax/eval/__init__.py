@@ -1,1 +1,1 @@
-"""Measuring what comes out."""
+"""Statistics and tables of evaluations."""

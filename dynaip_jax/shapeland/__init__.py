@@ -1,1 +1,1 @@
-"""Shapeland: a drawn world in which everything is known, its judge, its measures and the models that come with the package."""
+"""Shapeland: a drawn world in which everything about a picture is known, its judge, its measures and the models in the package."""

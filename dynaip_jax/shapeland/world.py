@@ -31,7 +31,7 @@ SPLITS = {"train": 0, "judge": 1, "test": 2}  # no identity is in two of them
 
 
 class Identity(NamedTuple):
-    """What makes a subject this one: colours RGB in [0, 1], `frequency` cycles across it, `angle` radians, `outline` its width
+    """The look that tells a subject from others of its class: colours RGB in [0, 1], `frequency` cycles across it, `angle` radians, `outline` its width
     in radii and `shade` its grey, `emblem_shade` the emblem's grey."""
 
     first: tuple[float, float, float]

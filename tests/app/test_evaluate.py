@@ -19,7 +19,7 @@ def judge_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(bundle, adapter) of Shapeland's own sizes and words, with random weights."""
+    """(bundle, adapter) of the embedded model, quick to sample from."""
     return make_model(tmp_path_factory.mktemp("shapeland"))
 
 

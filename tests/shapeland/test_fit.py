@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.shapeland.stages import fit
+from train.shapeland.fit import fit
 
 
 def test_a_loop_that_was_cut_off_goes_on(tmp_path):

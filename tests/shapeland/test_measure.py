@@ -30,8 +30,8 @@ def rows(pipe):
 def published():
     """README's rows of one subject: name -> measure -> (value, half width of its interval), and how many cases they are of."""
     text = README.read_text()
-    found = re.search(r"^\| (\d+) cases.*CP.*PF.*\|$", text, re.MULTILINE)
-    assert found, f"{README}: no table of CP and PF"
+    header = re.search(r"^\| (\d+) cases.*CP.*PF.*\|$", text, re.MULTILINE)
+    assert header, f"{README}: no table of CP and PF"
     number = r"(-?\d+\.\d+)"
     interval = rf"{number} \[{number}, {number}\]"
     rows = {}
@@ -40,7 +40,7 @@ def published():
         if label in LABELS:
             rows[LABELS[label]] = dict(cp=(cp, (cp_high - cp_low) / 2), pf=(pf, (pf_high - pf_low) / 2))
     assert set(rows) == set(LABELS.values()), f"{README}: rows {sorted(rows)}"
-    return rows, int(found[1])
+    return rows, int(header[1])
 
 
 @pytest.mark.parametrize("name", LABELS.values())

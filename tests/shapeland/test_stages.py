@@ -12,7 +12,9 @@ from dynaip_jax.families.registry import open_bundle
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.storage.manifest import flatten
-from train.shapeland.stages import DONE, FAMILY, WEIGHTS, main
+from train.shapeland.__main__ import main
+from train.shapeland.configs import FAMILY
+from train.shapeland.workdir import DONE, WEIGHTS
 
 
 def test_going_on_starts_from_the_package_with_another_t5(tmp_path):

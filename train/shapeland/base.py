@@ -1,0 +1,29 @@
+"""Stage `base`: the transformer, text to image."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from train.export import export
+from train.shapeland.configs import BASE, with_steps
+from train.shapeland.runs import run
+from train.shapeland.workdir import SHIPPED
+
+FURTHER = 3600  # steps of a base that is not fresh
+
+
+def train_base(folder: Path, seed: int, fresh: bool = True) -> None:
+    """Trains the transformer of the bundle of stage `encoders`, then writes a bundle with it.
+
+    `fresh`: from random weights; otherwise that transformer is trained further.
+    """
+    config = BASE if fresh else with_steps(dataclasses.replace(BASE, fresh_base=False), FURTHER)
+    root = folder.parent
+    export(
+        run(config, folder, seed, root / "encoders" / "bundle", root / "world" / "scenes"),
+        None,
+        folder / "bundle",
+        dtype=SHIPPED,
+        overwrite=True,
+    )

@@ -1,0 +1,106 @@
+"""Stage `judge`: the network that measures pictures."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynaip_jax.shapeland import default
+from dynaip_jax.shapeland.cases import truth
+from dynaip_jax.shapeland.judge import Judge, init_judge
+from dynaip_jax.shapeland.world import CLASSES, Scene, generator, render, sample_identity, sample_scene
+from dynaip_jax.storage.tensors import read_tree
+from train.shapeland.fit import choose, fit
+from train.shapeland.losses import contrastive, cross_entropy, unit
+from train.shapeland.processes import in_processes
+from train.shapeland.workdir import save_weights
+
+POOL = 8000  # identities
+STEPS = 1600
+FURTHER = 500  # steps of a judge that is not fresh
+RATE = 2e-3
+BATCH = 64  # identities, each with two views
+EMPTY = BATCH // 2  # empty scenes in a batch
+NUMBERS = (0.3, 0.25, 0.25, 0.2)  # shares of close views and of scenes with 1, 2 and 3 subjects
+NOISE = 0.03
+IDENTITY_SCALE = 10.0  # of cosines in the contrastive loss
+PRESENCE = 8  # weight of the loss on which classes are there
+
+
+def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
+    """Attributes by cross-entropy, identity by telling the same subject from others of its class.
+
+    `fresh`: from random weights; otherwise the package's judge is trained further.
+    """
+    pool = in_processes(partial(_views, seed), POOL)
+    pictures = np.stack([[image for image, _ in views] for views in pool])
+    labels = jax.tree.map(
+        lambda *x: np.stack(x).reshape(len(pool), 3, *x[0].shape), *[label for views in pool for _, label in views]
+    )
+
+    def batch_of(step: int) -> tuple[np.ndarray, Any]:
+        rows = choose(seed, step, len(pictures), BATCH)
+        parts = [(rows, 0), (rows, 1), (rows[:EMPTY], 2)]
+        pick = lambda x: np.concatenate([x[r, view] for r, view in parts])  # noqa: E731
+        return pick(pictures), jax.tree.map(pick, labels)
+
+    params = init_judge(jax.random.key(seed)) if fresh else read_tree(default.JUDGE)
+    params = fit(folder / "run", params, _loss, batch_of, STEPS if fresh else FURTHER, RATE, seed)
+    save_weights(folder, params)
+
+
+def _views(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """Two pictures of one subject, each in a scene of its own, and an empty scene; each with its labels."""
+    rng = generator(seed, "judge", n)
+    kind, identity = str(rng.choice(CLASSES)), sample_identity(rng)
+    views = []
+    for _ in range(2):
+        count = int(rng.choice(4, p=NUMBERS))  # 0: a close view
+        others = [str(k) for k in rng.permutation([k for k in CLASSES if k != kind])[: max(count - 1, 0)]]
+        subjects = [(kind, identity), *((k, sample_identity(rng)) for k in others)]
+        scene = sample_scene(rng, subjects=subjects, large=not count)
+        views.append((render(scene).image, _labels(scene, CLASSES.index(kind))))
+    empty = sample_scene(rng, 0)
+    return [*views, (render(empty).image, _labels(empty, -1))]
+
+
+def _labels(scene: Scene, subject: int) -> dict[str, Any]:
+    labels = {name: x[0].astype(np.int32) for name, x in truth([scene])._asdict().items()}
+    return labels | dict(subject=np.int32(subject))
+
+
+def _loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """On a batch of n first views, n second views and n / 2 empty scenes."""
+    pictures, label = batch
+    v: Any = Judge().apply({"params": params}, _disturbed(unit(pictures), key))  # a Verdict
+    drawn = label["position"] >= 0
+    present = jnp.logaddexp(0, jnp.where(drawn, -v.present, v.present)).mean()
+    place = cross_entropy(v.position, jnp.maximum(label["position"], 0))
+    place = (place * drawn).sum() / drawn.sum()
+    ground = cross_entropy(v.background, label["background"]).mean()
+    number = cross_entropy(v.number, label["number"]).mean()
+    n = len(pictures) * 2 // 5
+    kinds = label["subject"][:n]
+    first, second = (v.identity[jnp.arange(n) + start, kinds] for start in (0, n))
+    logits = jnp.where(kinds[:, None] == kinds[None], first @ second.T * IDENTITY_SCALE, -1e9)
+    figures = dict(
+        present=((v.present > 0) == drawn).all(-1).mean(),
+        place=((v.position.argmax(-1) == label["position"]) & drawn).sum() / drawn.sum(),
+        ground=(v.background.argmax(-1) == label["background"]).mean(),
+        number=(v.number.argmax(-1) == label["number"]).mean(),
+        same=(logits.argmax(-1) == jnp.arange(n)).mean(),
+    )
+    return PRESENCE * present + place + ground + number + contrastive(logits), figures
+
+
+def _disturbed(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Pictures `[b, H, W, 3]`, each blurred by a random share and with noise."""
+    blur_key, noise_key = jax.random.split(key)
+    soft = (x + sum(jnp.roll(x, shift, axis) for axis in (1, 2) for shift in (-1, 1))) / 5
+    x = x + jax.random.uniform(blur_key, (len(x), 1, 1, 1)) * (soft - x)
+    return x + NOISE * jax.random.normal(noise_key, x.shape)
