@@ -112,7 +112,8 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
     from dynaip_jax.sampling.denoise import denoising_loop
     from dynaip_jax.types import TextCondition
     from train import config as config_
-    from train.step import Features, Recipe, init_state, train_step
+    from train.state import init_state
+    from train.step import Features, Recipe, train_step
 
     half = jnp.bfloat16
     half_compute, flux = Compute(dtype=half, param_dtype=half), FluxConfig(**size.flux)

@@ -31,9 +31,11 @@ from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.flux import FluxConfig
 from train import config as config_
 from train.checkpoint import Checkpoints
-from train.loop import METRICS_FILE, train
+from train.loop import train
+from train.metrics import METRICS_FILE
 from train.photographs import prepare_photographs
-from train.step import Features, Recipe, init_state, loss, train_step
+from train.state import init_state
+from train.step import Features, Recipe, loss, train_step
 
 
 def main() -> int:

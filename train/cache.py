@@ -9,27 +9,32 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.data import features
 from dynaip_jax.data.config import Bucket, DataConfig
-from dynaip_jax.data.order import make_order
-from dynaip_jax.data.records import open_dataset
+from dynaip_jax.data.order import BatchOrder, make_order
+from dynaip_jax.data.records import Dataset, open_dataset
 from dynaip_jax.data.samples import Pictures
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import replacing
 from train import config as config_
 from train.photographs import resolve
 
+if TYPE_CHECKING:
+    from train.assemble import Run
+    from train.step import Encoded
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m train.cache",
-        description="Caches T5, CLIP and VAE features of a recipe's dataset; train with --data.features OUT and the same options.",
+        description="Caches what the frozen encoders make of a recipe's dataset; train with --data.features OUT and the same options.",
         epilog="""examples:
   python -m train.cache --config configs/debug.py --out caches/debug --variants 4
   python -m train.main --config configs/debug.py --workdir runs/cached --data.features caches/debug""",
@@ -61,61 +66,85 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
 
     Raises `UserError` as `train` does for what it reads, if `out` exists and not `overwrite`, and if the disk is full.
     """
-    import jax
-    from tqdm import tqdm
+    from train.assemble import Run
 
-    from dynaip_jax.runtime.sharding import batch_sharding, make_mesh
-    from train import assemble as models_
-    from train.step import encode
-
-    mesh = make_mesh(config.mesh)
-    bundle = models_.open_bundle(config)
-    models_.make_recipe(config, bundle)
+    run = Run(config)
     dataset = open_dataset(config.data.path)
     order = make_order(config.data, dataset, config.batch)
-    with replacing(out, overwrite=overwrite, marks=(features.FILE,)) as work:
-        models = models_.load(config, bundle, mesh, encoders=True, transformer=False)
-        run = jax.jit(encode, static_argnums=0, out_shardings=batch_sharding(mesh))
-        store, arrays = features.Store(work, config.dtype), {}
-        slot = features.slots(order.bucket_of)
+    facts = features.facts(config.data, order, run.encoder_identity, config.dtype)
+    manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=facts)
+    with replacing(out, overwrite=overwrite, marks=(features.FILE,)) as folder:
+        store = features.Store(folder, config.dtype)
+        _write_features(store, Encoding(run, dataset), order, variants)
+        (folder / features.FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
-        def encoded(data: DataConfig, rows: np.ndarray, bucket: Bucket, epoch: int):
-            padded = np.resize(rows, config.batch)  # one shape for the compiler
-            batch = Pictures(dataset, data, models.tokenizers).read(padded, bucket, epoch)
-            return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], run(models.recipe, models.frozen, batch))
 
-        def put(name: str, shape: tuple[int, ...], where: tuple, values: np.ndarray) -> None:
-            if name not in arrays:
-                arrays[name] = store.create(name, shape)
-            arrays[name][where] = values
+class Encoding:
+    """The frozen encoders over rows of a dataset, in batches of one size, so that they are compiled once a bucket."""
 
-        keep_text = dataclasses.replace(config.data, drop_image=0.0, drop_text=0.0, drop_both=0.0)
-        empty = encoded(dataclasses.replace(keep_text, drop_text=1.0), np.zeros(1, np.int64), order.buckets[0], 0)
-        put("empty_states", empty.states.shape[1:], (), empty.states[0])
-        if empty.pooled is not None:
-            put("empty_pooled", empty.pooled.shape[1:], (), empty.pooled[0])
-        with tqdm(total=len(dataset) * variants, desc="encoding", unit="row", disable=None) as bar:
-            for number, bucket in enumerate(order.buckets):
-                members = np.flatnonzero(order.bucket_of == number)
-                for variant in range(variants):
-                    for start in range(0, len(members), config.batch):
-                        rows = members[start : start + config.batch]
-                        e = encoded(keep_text, rows, bucket, variant)
-                        put(
-                            features.moments_name(bucket), (variants, len(members), *e.moments.shape[1:]),
-                            (variant, slot[rows]), e.moments,
-                        )  # fmt: skip
-                        if e.levels is not None:
-                            levels = np.stack([level[:, 0] for level in e.levels], axis=1)
-                            put("levels", (variants, len(dataset), *levels.shape[1:]), (variant, rows), levels)
-                        if variant == 0:
-                            put("states", (len(dataset), *e.states.shape[1:]), (rows,), e.states)
-                            if e.pooled is not None:
-                                put("pooled", (len(dataset), *e.pooled.shape[1:]), (rows,), e.pooled)
-                        bar.update(len(rows))
-        made_of = features.facts(config.data, order, models_.encoder_identity(bundle, config), config.dtype)
-        manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=made_of)
-        (work / features.FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    def __init__(self, run: Run, dataset: Dataset):
+        import jax
+
+        from dynaip_jax.runtime.sharding import batch_sharding
+        from train.step import encode
+
+        self.config, self._run, self._dataset = run.config, run, dataset
+        self._encode = jax.jit(encode, static_argnums=0, out_shardings=batch_sharding(run.mesh))
+        self._encoders = run.load(*run.encoders)
+
+    def __call__(self, data: DataConfig, rows: np.ndarray, bucket: Bucket, epoch: int) -> Encoded:
+        """The features of dataset indices `rows`, at most as many as a training batch, as `data` augments and drops them."""
+        import jax
+
+        run = self._run
+        padded = np.resize(rows, run.config.batch)
+        batch = Pictures(self._dataset, data, run.tokenizers).read(padded, bucket, epoch)
+        return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], self._encode(run.recipe, self._encoders, batch))
+
+
+def _write_features(store: features.Store, encoded: Encoding, order: BatchOrder, variants: int) -> None:
+    """Fills `store` with the features of every row: what text gives once, what pictures give in every variant."""
+    from tqdm import tqdm
+
+    config, count = encoded.config, len(order.bucket_of)
+    arrays: dict[str, np.ndarray] = {}
+
+    def put(name: str, shape: tuple[int, ...], where: tuple, values: Any) -> None:
+        if name not in arrays:
+            arrays[name] = store.create(name, shape)
+        arrays[name][where] = values
+
+    keep_text = dataclasses.replace(config.data, drop_image=0.0, drop_text=0.0, drop_both=0.0)
+    empty = encoded(dataclasses.replace(keep_text, drop_text=1.0), np.zeros(1, np.int64), order.buckets[0], 0)
+    for name, values in _text(empty).items():
+        put(f"empty_{name}", values.shape[1:], (), values[0])
+    slot = features.slots(order.bucket_of)
+    with tqdm(total=count * variants, desc="encoding", unit="row", disable=None) as bar:
+        for bucket, members, variant, rows in _parts(order, variants, config.batch):
+            e = encoded(keep_text, rows, bucket, variant)
+            moments = (variants, members, *e.moments.shape[1:])
+            put(features.moments_name(bucket), moments, (variant, slot[rows]), e.moments)
+            if e.levels is not None:
+                levels = np.stack([level[:, 0] for level in e.levels], axis=1)
+                put("levels", (variants, count, *levels.shape[1:]), (variant, rows), levels)
+            if variant == 0:
+                for name, values in _text(e).items():
+                    put(name, (count, *values.shape[1:]), (rows,), values)
+            bar.update(len(rows))
+
+
+def _text(encoded: Encoded) -> dict[str, Any]:
+    """The arrays of a prompt; not every family has a pooled one."""
+    return {name: x for name in ("states", "pooled") if (x := getattr(encoded, name)) is not None}
+
+
+def _parts(order: BatchOrder, variants: int, size: int) -> Iterator[tuple[Bucket, int, int, np.ndarray]]:
+    """(bucket, how many rows it has, variant, at most `size` of its rows) until all rows have been given in all variants."""
+    for number, bucket in enumerate(order.buckets):
+        members = np.flatnonzero(order.bucket_of == number)
+        for variant in range(variants):
+            for start in range(0, len(members), size):
+                yield bucket, len(members), variant, members[start : start + size]
 
 
 if __name__ == "__main__":

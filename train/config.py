@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import io
-import json
 import re
 import sys
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dynaip_jax.data.config import DataConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.sharding import MeshConfig
+
+# Metadata of fields that may differ between a run and its resumption: they change neither a value that is trained nor its
+# order. Of a nested config either all fields, or those named.
+RESUMABLE = dict(resumable=True)
+
+
+def _resumable(default: Any) -> Any:
+    kind = "default_factory" if isinstance(default, type) else "default"
+    return field(**{kind: default}, metadata=RESUMABLE)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class OptimConfig:
     rate: float = 1e-4
     muon_rate: float = 0.02
     warmup: int = 1000  # steps
-    decay_steps: int = 100_000  # of the schedule; apart from --steps, so that a run can be made longer
+    decay_steps: int = 100_000  # of the schedule; apart from `steps`, so that a run can be made longer
     final: float = 0.1
     b1: float = 0.9
     b2: float = 0.99
@@ -66,6 +72,23 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on held-out rows, of the averaged weights, at noise and times that stay the same: `validation_loss` in the metrics."""
+
+    path: str = ""  # a folder written by `python -m train.prepare`, of other rows than those trained on
+    every: int = 0  # steps; 0 = never
+    batches: int = 4  # of as many rows as a micro-batch
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps in WORKDIR/profile, to be opened with TensorBoard or xprof."""
+
+    start: int = 10  # the first step traced; earlier ones compile
+    steps: int = 0  # how many; 0 = none
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """Several processes. On TPU pods all but `enabled` is found by itself."""
 
@@ -80,16 +103,18 @@ class TrainConfig:
     """A training run. Sizes are global: `batch` is split over the mesh's data and fsdp axes."""
 
     bundle: str = ""  # the base model; empty = the embedded one
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig, metadata=dict(resumable=("workers", "prefetch")))
     adapter: AdapterChoices = field(default_factory=AdapterChoices)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    mesh: MeshConfig = _resumable(MeshConfig)
+    sample: SampleConfig = _resumable(SampleConfig)
+    validation: ValidationConfig = _resumable(ValidationConfig)
+    profile: ProfileConfig = _resumable(ProfileConfig)
+    distributed: DistributedConfig = _resumable(DistributedConfig)
 
     trainable: Literal["adapter", "base", "all"] = "adapter"  # "base": the transformer alone, without image prompt
     fresh_base: bool = False  # train the transformer from random weights instead of the bundle's
-    steps: int = 100_000
+    steps: int = _resumable(100_000)
     batch: int = 16
     accumulate: int = 1  # micro-batches a step
     guidance: float = 1.0  # embedded in a guidance-distilled base
@@ -101,58 +126,57 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products and of frozen weights; trained ones are float32
     remat: Literal["none", "dots", "full"] = "full"
     seed: int = 0
-    log_every: int = 10
-    save_every: int = 1000
-    keep: int = 2  # latest checkpoints kept, besides the best
+    log_every: int = _resumable(10)
+    save_every: int = _resumable(1000)
+    keep: int = _resumable(2)  # latest checkpoints kept, besides the best
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+                raise UserError(f"`{name}` {getattr(self, name)}: expected at least 1")
         if not 0 <= self.random_granularity <= 1:
-            raise UserError(f"--random-granularity {self.random_granularity}: expected a share from 0 to 1")
+            raise UserError(f"`random_granularity` {self.random_granularity}: expected a share from 0 to 1")
         if self.batch % self.accumulate:
             raise UserError(
-                f"--accumulate {self.accumulate}: does not divide --batch {self.batch}; choose one that does"
+                f"`accumulate` {self.accumulate}: does not divide `batch` {self.batch}; choose one that does"
             )
         if self.fresh_base and self.trainable == "adapter":
             raise UserError(
-                "--fresh-base: a frozen base must not be random; pass --trainable base or all, or leave it out"
+                "`fresh_base`: a frozen base must not be random; pass `trainable` base or all, or leave it out"
+            )
+        if self.validation.every and not self.validation.path:
+            raise UserError(
+                f"`validation.every` {self.validation.every}: needs held-out rows; pass `validation.path`, a folder written by "
+                "python -m train.prepare"
+            )
+        if self.validation.batches < 1:
+            raise UserError(f"`validation.batches` {self.validation.batches}: expected at least 1")
+        if self.profile.start < 1 or self.profile.steps < 0:
+            raise UserError(
+                f"`profile.start` {self.profile.start}, `profile.steps` {self.profile.steps}: expected a first step of at least 1 "
+                "and a number of steps, 0 for no trace"
             )
 
 
-# Fields that may differ between a run and its resumption: they change neither a value that is trained nor its order.
-RESUMABLE = (
-    "steps",
-    "log_every",
-    "save_every",
-    "keep",
-    "sample",
-    "mesh",
-    "distributed",
-    "data.workers",
-    "data.prefetch",
-)
-
-
-def differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "field: old -> new" for every field in which two configs differ and may not (see `RESUMABLE`)."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        path, a, b = f"{prefix}{name}", old.get(name), new.get(name)
-        if path in RESUMABLE:
+def differing(old: Any, new: Any, prefix: str = "", resumable: Iterable[str] = ()) -> list[str]:
+    """ "field: old -> new" for every field in which two configs differ and may not; `resumable` names more that may."""
+    differences = []
+    for f in sorted(fields(new), key=lambda f: f.name):
+        path, a, b = f"{prefix}{f.name}", getattr(old, f.name), getattr(new, f.name)
+        may_differ = f.metadata.get("resumable", ())
+        if may_differ is True or f.name in resumable:
             continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differing(a, b, f"{path}.")
+        if is_dataclass(b):
+            differences += differing(a, b, f"{path}.", may_differ)
         elif a != b:
-            found.append(f"{path}: {a!r} -> {b!r}")
-    return found
+            differences.append(f"{path}: {a!r} -> {b!r}")
+    return differences
 
 
 def load(path: Path) -> TrainConfig:
     """The `CONFIG` of a recipe file. Raises `UserError` if there is none."""
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file; expected a recipe, such as configs/debug.py")
+        raise UserError(f"`config` {path}: no such file; expected a recipe, such as configs/debug.py")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -161,10 +185,10 @@ def load(path: Path) -> TrainConfig:
     except UserError:
         raise
     except Exception as e:  # a recipe is the user's own code
-        raise UserError(f"--config {path}: cannot be run ({type(e).__name__}: {e}); correct it") from e
+        raise UserError(f"`config` {path}: cannot be run ({type(e).__name__}: {e}); correct it") from e
     config = getattr(module, "CONFIG", None)
     if not isinstance(config, TrainConfig):
-        raise UserError(f"--config {path}: has no CONFIG = TrainConfig(...); see configs/debug.py")
+        raise UserError(f"`config` {path}: has no CONFIG = TrainConfig(...); see configs/debug.py")
     return config
 
 
@@ -172,31 +196,15 @@ def override(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
     """`config` with the fields that `words` (--any.field value ...) set. Raises `UserError` for a word that does not fit."""
     import tyro
 
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             return tyro.cli(
                 TrainConfig, default=config, args=list(words), prog="train.main", config=(tyro.conf.AvoidSubcommands,)
             )
     except SystemExit as e:
         if not e.code:  # --help
-            sys.stdout.write(said.getvalue())
+            sys.stdout.write(output.getvalue())
             raise
-        line = " ".join(re.sub(r"[│╭╮╰╯─]+|\x1b\[[0-9;]*m", " ", said.getvalue()).split())
+        line = " ".join(re.sub(r"[│╭╮╰╯─]+|\x1b\[[0-9;]*m", " ", output.getvalue()).split())
         raise UserError(f"{line}; see python -m train.main --config CONFIG --help") from e
-
-
-def from_dict(values: dict[str, Any], kind: Any = TrainConfig) -> Any:
-    """The config that `to_dict` made `values` of. Raises `TypeError` for a field that is not known."""
-    types = typing.get_type_hints(kind)
-    fields = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(types.get(name)):
-            value = from_dict(value, types[name])
-        fields[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**fields)
-
-
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as JSON holds it: tuples become lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -6,13 +6,24 @@ python -m train.export --workdir runs/debug --out adapters/debug
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
 
 from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.adapter import write_adapter
+from dynaip_jax.storage.bundle import replace_component
+from dynaip_jax.storage.codec import to_dict
+from dynaip_jax.storage.folders import as_path
+from dynaip_jax.storage.manifest import fingerprint
+from train.workdir import read_config
+
+if TYPE_CHECKING:
+    from train.assemble import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   python -m train.export --workdir runs/all --step best --out adapters/mine --bundle bundles/mine""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of the run")
-    parser.add_argument("--out", type=Path, metavar="ADAPTER", help="the adapter folder to write")
+    parser.add_argument("--workdir", type=as_path, required=True, metavar="DIR", help="of the run")
+    parser.add_argument("--out", type=as_path, metavar="ADAPTER", help="the adapter folder to write")
     parser.add_argument(
-        "--bundle", type=Path, metavar="BUNDLE", help="if the base was trained too: the bundle to write"
+        "--bundle", type=as_path, metavar="BUNDLE", help="if the base was trained too: the bundle to write"
     )
     parser.add_argument("--step", default="last", metavar="N|best|last", help="which checkpoint (default: last)")
     parser.add_argument(
@@ -43,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(
-    workdir: Path,
+    workdir: epath.PathLike,
     out: Path | None,
     bundle_out: Path | None,
     step: str = "last",
@@ -57,85 +68,87 @@ def export(
     `step`: "last", "best" or a number; `weights`: "ema" or "params"; `dtype`: of the files. Raises `UserError` for a folder without a run or
     checkpoint, and for outputs that do not fit what was trained.
     """
+    from train.assemble import Run
+
+    run = Run(read_config(workdir), workdir)
+    _check_outputs(run.config.trainable, out, bundle_out)
+    try:
+        number = _step(run, step)
+        params = _weights(run, number, weights, dtype)
+    finally:
+        run.close()
+    identity = run.bundle.fingerprint
+    if bundle_out is not None:
+        identity = fingerprint(params["transformer"])
+        origin = dict(trained_from=run.bundle.fingerprint, step=number, weights=weights)
+        replace_component(run.bundle, bundle_out, "transformer", params["transformer"], origin, overwrite=overwrite)
+        print(bundle_out)
+    if out is not None:
+        _write_adapter(run, out, params["adapter"], identity, number, weights, overwrite=overwrite)
+        print(out)
+
+
+def _check_outputs(trainable: str, out: Path | None, bundle_out: Path | None) -> None:
+    """Raises `UserError` if an output is missing or there is nothing to write to it."""
+    if (out is None) != (trainable == "base"):
+        raise UserError(
+            f"`out`: {'not given' if out is None else 'given'}; this run trained trainable={trainable!r}; "
+            f"{'pass `out` ADAPTER' if out is None else 'there is no adapter in it; leave it out'}"
+        )
+    if (bundle_out is None) != (trainable == "adapter"):
+        remedy = "pass `bundle` BUNDLE for the base it trained"
+        raise UserError(
+            f"`bundle`: {'not given' if bundle_out is None else 'given'}; this run trained trainable={trainable!r}; "
+            f"{remedy if bundle_out is None else 'its base is the one it began with; leave it out'}"
+        )
+
+
+def _step(run: Run, step: str) -> int:
+    """The checkpoint that `step` means. Raises `UserError` if there is none."""
+    steps, named = run.checkpoints.steps(), dict(last=run.checkpoints.latest(), best=run.checkpoints.best())
+    number = int(step) if step.isdigit() else named.get(step)
+    if number is None or number not in steps:
+        raise UserError(
+            f"`step` {step}: no such checkpoint in {run.workdir}; it has {', '.join(map(str, steps)) or 'none'}"
+        )
+    return number
+
+
+def _weights(run: Run, step: int, weights: str, dtype: str) -> dict[str, Any]:
+    """The trained parameters of a checkpoint as NumPy arrays."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from dynaip_jax.storage.adapter import write_adapter
-    from dynaip_jax.storage.bundle import replace_component
-    from dynaip_jax.storage.codec import to_dict
-    from dynaip_jax.storage.manifest import fingerprint
-    from train import assemble as models
-    from train import config as config_
-    from train.checkpoint import RUN_FILE, Checkpoints
-    from train.step import TrainState, init_state
+    from train.state import abstract_state
 
-    try:
-        config = config_.from_dict(json.loads((workdir / RUN_FILE).read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"--workdir {workdir}: no readable {RUN_FILE} ({e}); expected a run's folder; check the path"
-        ) from e
-    if (out is None) != (config.trainable == "base"):
-        raise UserError(
-            f"--out: {'not given' if out is None else 'given'}; this run trained trainable={config.trainable!r}; "
-            f"{'pass --out ADAPTER' if out is None else 'there is no adapter in it; leave it out'}"
-        )
-    if (bundle_out is None) != (config.trainable == "adapter"):
-        raise UserError(
-            f"--bundle: {'not given' if bundle_out is None else 'given'}; this run trained trainable="
-            f"{config.trainable!r}; {'pass --bundle BUNDLE for the base it trained' if bundle_out is None else 'its base is the one it began with; leave it out'}"
-        )
-    bundle = models.open_bundle(config)
-    recipe = models.make_recipe(config, bundle)
-    checkpoints = Checkpoints(workdir, config.keep)
-    try:
-        steps = checkpoints.steps()
-        number = (
-            {"last": checkpoints.latest(), "best": checkpoints.best()}.get(step) if not step.isdigit() else int(step)
-        )
-        if number not in steps:
-            raise UserError(
-                f"--step {step}: no such checkpoint in {workdir}; it has {', '.join(map(str, steps)) or 'none'}"
-            )
-        assert number is not None
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target: TrainState = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-            jax.eval_shape(lambda: init_state(config.optim, models.fresh_params(config, recipe))),
-        )
-        state = checkpoints.restore(number, target)
-    finally:
-        checkpoints.close()
-    params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), getattr(state, weights))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = run.checkpoints.restore(step, abstract_state(run.config, run.recipe, here))
+    return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), getattr(state, weights))
 
-    identity = bundle.fingerprint
-    if bundle_out is not None:
-        identity = fingerprint(params["transformer"])
-        origin = dict(trained_from=bundle.fingerprint, step=number, weights=weights)
-        replace_component(bundle, bundle_out, "transformer", params["transformer"], origin, overwrite=overwrite)
-        print(bundle_out)
-    if out is not None:
-        assert recipe.adapter is not None
-        conventions = dict(
-            weights=weights,
-            drop_image=config.data.drop_image,
-            drop_text=config.data.drop_text,
-            drop_both=config.data.drop_both,
-            reference=config.data.square,
-            remove_background=config.data.remove_background,
-            guidance=config.guidance,
-        )
-        write_adapter(
-            out,
-            to_dict(recipe.adapter),
-            params["adapter"],
-            base=dict(family=bundle.manifest["family"], fingerprint=identity),
-            step=number,
-            conventions=conventions,
-            overwrite=overwrite,
-        )
-        print(out)
+
+def _write_adapter(run: Run, out: Path, params: Any, base: str, step: int, weights: str, *, overwrite: bool) -> None:
+    """The adapter's folder. `base`: the fingerprint of the base that it belongs to."""
+    config, adapter = run.config, run.recipe.adapter
+    assert adapter is not None
+    conventions = dict(
+        weights=weights,
+        drop_image=config.data.drop_image,
+        drop_text=config.data.drop_text,
+        drop_both=config.data.drop_both,
+        reference=config.data.square,
+        remove_background=config.data.remove_background,
+        guidance=config.guidance,
+    )
+    write_adapter(
+        out,
+        to_dict(adapter),
+        params,
+        base=dict(family=run.bundle.manifest["family"], fingerprint=base),
+        step=step,
+        conventions=conventions,
+        overwrite=overwrite,
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.compiling import keep_compiled
+from dynaip_jax.storage.folders import as_path
 from train import config as config_
 from train.photographs import resolve
 
@@ -34,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe, such as configs/debug.py")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="checkpoints, metrics and samples go there")
+    parser.add_argument(
+        "--workdir",
+        type=as_path,
+        metavar="DIR",
+        help="checkpoints, metrics and samples go there; it may be gs://BUCKET/FOLDER",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --workdir, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --workdir and start anew")
     parser.add_argument("--fields", action="store_true", help="list the recipe's fields and exit")

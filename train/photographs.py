@@ -28,9 +28,12 @@ CAPTIONS = {  # name in skimage.data: (caption, the words in it that name the su
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """`config` with the folder of the photographs in place of `PHOTOGRAPHS`."""
-    if config.data.path != PHOTOGRAPHS:
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(prepare_photographs())))
+    for name in ("data", "validation"):
+        part = getattr(config, name)
+        if part.path == PHOTOGRAPHS:
+            path = str(prepare_photographs())
+            config = dataclasses.replace(config, **{name: dataclasses.replace(part, path=path)})
+    return config
 
 
 def prepare_photographs() -> Path:
@@ -46,7 +49,7 @@ def prepare_photographs() -> Path:
         import skimage.data
     except ImportError as e:
         raise UserError(
-            f"--data.path {PHOTOGRAPHS}: needs the pictures of scikit-image; pip install scikit-image, or give another dataset"
+            f"`data.path` {PHOTOGRAPHS}: needs the pictures of scikit-image; pip install scikit-image, or give another dataset"
         ) from e
     from PIL import Image
 

@@ -1,92 +1,181 @@
-"""The programs of a recipe, for `dynaip plan`: its training step, or sampling with what it trains."""
+"""Does a recipe fit a TPU topology or the devices that are here, and how fast could it be? `dynaip plan` runs this command.
+
+python -m train.plan --config configs/flux_dev_1024.py --topology v5e:4x4
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
-
-from dynaip_jax.data.samples import Batch
+from dynaip_jax.commandline import Parser, run_cli
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.registry import published
-from dynaip_jax.planner import flops
-from dynaip_jax.planner import jobs as plan
-from dynaip_jax.runtime.sharding import abstract, batch_sharding
-from dynaip_jax.storage.bundle import Bundle
-from train import assemble as models
+from train import config as config_
 from train.config import TrainConfig
-from train.loop import check_batch
-from train.step import features_of, init_state
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from dynaip_jax.planner.jobs import Job
+    from train.assemble import Run
+
+EXAMPLES = """examples:
+  dynaip plan --config configs/flux_dev_1024.py --topology v5e:4x4
+      training at 1024 pixels on 16 chips of a TPU v5e
+  dynaip plan --config configs/flux_dev_1024.py --topology v5e:16x16 --mesh data=16,fsdp=16 --batch 256
+      the same on 256 chips; a recipe's fields are set as in train.main
+  dynaip plan --config configs/flux_dev_1024.py --topology v6e:2x2 --job sample
+      one picture on four chips
+"""
 
 
-def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sampling: Any) -> plan.Job:
-    """What a recipe asks of `mesh`; `sampling`: more options of `plan.sampling`. A bundle that is not there is planned with the
-    published sizes if it is named "flux-dev" or "flux-schnell". Raises `UserError` for a recipe that cannot run on the mesh."""
-    name = Path(config.bundle).name
-    bundle = None if Path(config.bundle).is_dir() else published(name)
-    bundle = bundle or models.open_bundle(config)
-    recipe = models.make_recipe(config, bundle)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 if the recipe does not fit."""
+    args, rest = build_parser().parse_known_args(argv)
+    if args.topology:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    options: dict[str, Any] = {}
+    if args.job == "sample":
+        options = dict(weights=args.weights, offload_text=args.offload_text)
+    elif args.weights != "full" or args.offload_text:
+        raise UserError(
+            "--job train: --weights and --offload-text are about sampling; leave them out or add --job sample"
+        )
+    from dynaip_jax.planner import report
+    from dynaip_jax.planner.topologies import devices
+    from dynaip_jax.runtime.sharding import MeshConfig, make_mesh, parse_mesh
+
+    config = config_.override(config_.load(args.config), rest)
+    usual = config.mesh if args.job == "train" else MeshConfig(data=1, fsdp=1, tensor=-1)
+    mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else usual, devices(args.topology))
+    made = report.make(job(config, mesh, args.job, **options), mesh)
+    print(json.dumps(made, indent=1) if args.json else report.text(made))
+    return 0 if made["fits"] else 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `dynaip plan`; all others are fields of the recipe."""
+    parser = Parser(
+        prog="dynaip plan",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Compiles a recipe's real programs, for TPUs on any machine (needs libtpu: pip install 'jax[tpu]'), and prints\n"
+        "memory, exchanges between chips and what the data sheet allows. Exit status 1 if it does not fit. Runs in a checkout.",
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="a recipe, such as configs/flux_dev_1024.py"
+    )
+    parser.add_argument(
+        "--topology", metavar="NAME", help="of TPUs, such as v5e:4x4 (default: the devices that are here)"
+    )
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="such as data=2,fsdp=8 (default: the recipe's; for sampling tensor=-1)"
+    )
+    parser.add_argument("--job", choices=("train", "sample"), default="train", help="default: train")
+    parser.add_argument(
+        "--weights",
+        choices=("full", "int8", "fp8"),
+        default="full",
+        help="when sampling: see dynaip sample (default: full)",
+    )
+    parser.add_argument("--offload-text", action="store_true", help="when sampling: see dynaip sample")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sampling: Any) -> Job:
+    """What a recipe asks of `mesh`; `sampling`: more options of `jobs.sampling`. A bundle that is not there is planned with its
+    published sizes if it is named like one that has some. Raises `UserError` for a recipe that cannot run on the mesh."""
+    from dynaip_jax.families.registry import published
+    from dynaip_jax.planner import jobs
+    from train.assemble import Run
+
+    bundle = None if Path(config.bundle).is_dir() else published(Path(config.bundle).name)
+    run = Run(config, bundle=bundle, mesh=mesh)
     if kind == "train":
-        return _training(config, bundle, recipe, mesh)
-    adapter = recipe.adapter
+        return training(run)
+    adapter = run.recipe.adapter
     if adapter is None:
-        raise UserError(f"--job sample: the recipe trains {config.trainable!r}, no adapter; expected one that does")
-    return plan.sampling(bundle, adapter, mesh, size=config.sample.size, steps=config.sample.steps, **sampling)
+        raise UserError(f"`job` sample: the recipe trains {config.trainable!r}, no adapter; expected one that does")
+    return jobs.sampling(run.bundle, adapter, mesh, size=config.sample.size, steps=config.sample.steps, **sampling)
 
 
-def _training(config: TrainConfig, bundle: Bundle, recipe: Any, mesh: Mesh) -> plan.Job:
-    check_batch(config, mesh)
-    family = recipe.family
-    names = [name for name, _ in family.configs]
-    frozen = {
-        name: abstract(family.abstract_params(name, boxed=True), mesh)
-        for name in names
-        if name != "transformer" or config.trainable == "adapter"
-    }
-    where = models.state_shardings(config, recipe, mesh)
-    state = jax.eval_shape(lambda: init_state(config.optim, models.fresh_params(config, recipe)))
-    state = jax.tree.map(_placed, state, where)
+def training(run: Run) -> Job:
+    """The programs of a training step."""
+    import jax
+    import jax.numpy as jnp
 
-    side, b = config.data.resolution, config.batch
-    clip = config.data.clip_size
-    shapes = Batch(
-        target=np.zeros((0, side, side, 3), np.float32), reference=np.zeros((0, 1, clip, clip, 3), np.float32),
-        ids=family.text_ids_spec(0),
-        keep_image=np.zeros(0, np.float32), row=np.zeros(0, np.int32),
-    )  # fmt: skip
-    split = batch_sharding(mesh)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype, sharding=split), shapes)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    from dynaip_jax.families.base import REFERENCE_ENCODER
+    from dynaip_jax.planner.jobs import Job, Program
+    from dynaip_jax.runtime.sharding import batch_sharding
+    from train.state import abstract_state
+    from train.step import features_of
+
+    run.check_batch()
+    config, recipe, split = run.config, run.recipe, batch_sharding(run.mesh)
+    encoders = {name: run.abstract(name) for name in run.encoders}
+    base = dict(transformer=run.abstract("transformer")) if config.trainable == "adapter" else {}
+    frozen = base | encoders
+    state = abstract_state(config, recipe, run.places)
+    batch, step = _batch(run), jax.ShapeDtypeStruct((), jnp.int32)
     features = jax.eval_shape(lambda f, x, n: features_of(recipe, f, x, n), frozen, batch, step)
-    features = jax.tree.map(lambda x: _placed(x, split), features)
-    features_fn, step_fn = models.step_functions(mesh, where)
+    features = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), features)
+    features_fn, step_fn = run.programs
 
-    base = {k: v for k, v in frozen.items() if k == "transformer"}
-    encoders = tuple(name for name in frozen if name not in base)
-    rows = family.tokens(family.latent(side, side))
-    encoding = 2 * family.text_rows * _size(frozen[family.text_encoders[0]])
+    family, side = recipe.family, config.data.resolution
+    encoding = 2 * family.text_rows * _size(encoders[family.text_encoders[0]])
     if recipe.adapter is not None:
-        encoding += 2 * family.config("clip_vision").tokens * _size(frozen["clip_vision"])
-    each = flops.training_step(family, recipe.adapter, rows, base_trained=config.trainable != "adapter")
-    return plan.Job(
+        encoding += 2 * family.config(REFERENCE_ENCODER).tokens * _size(encoders[REFERENCE_ENCODER])
+    rows = family.tokens(family.latent(side, side))
+    return Job(
         programs=[
-            plan.Program("features", lambda: features_fn.lower(recipe, frozen, batch, step), 1, b * encoding, encoders),
-            plan.Program(
-                "step", lambda: step_fn.lower(recipe, state, base, features), 1, b * each, (*base, "trained state")
+            Program(
+                "features", lambda: features_fn.lower(recipe, frozen, batch, step), 1, config.batch * encoding,
+                tuple(encoders),
+            ),
+            Program(
+                "step", lambda: step_fn.lower(recipe, state, base, features), 1, config.batch * run.flops(rows),
+                (*base, "trained state"),
             ),
         ],
-        components={name: frozen[name] for name in (*base, *encoders)} | {"trained state": state},
-        images=b,
+        components=frozen | {"trained state": state},
+        images=config.batch,
+    )  # fmt: skip
+
+
+def _batch(run: Run) -> Any:
+    """A batch of square pictures, in shapes alone."""
+    import jax
+    import jax.numpy as jnp
+
+    from dynaip_jax.data.samples import Batch
+    from dynaip_jax.runtime.sharding import batch_sharding
+
+    side, clip = run.config.data.resolution, run.config.data.clip_size
+    split = batch_sharding(run.mesh)
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((run.config.batch, *shape), dtype, sharding=split)
+
+    return Batch(
+        target=array(jnp.float32, side, side, 3),
+        reference=array(jnp.float32, 1, clip, clip, 3),
+        ids={name: array(x.dtype, *x.shape[1:]) for name, x in run.recipe.family.text_ids_spec().items()},
+        keep_image=array(jnp.float32),
+        row=array(jnp.int32),
     )
 
 
-def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
 def _size(tree: Any) -> int:
+    import jax
+
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -74,6 +74,33 @@ def _checked(source: Source, limits: Limits, jobs: int) -> Iterator[Record | Bad
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prepares a dataset; prints where it is and how many rows it has."""
+    args = build_parser().parse_args(argv)
+    limits = Limits(args.min_side, args.max_pixels, args.shrink)
+    if args.shrink is not None and args.format == "subjects200k":
+        raise UserError(f"--shrink {args.shrink}: expected another --format than subjects200k, whose files are small")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: expected at least 1")
+    if args.min_quality is not None and (args.format != "subjects200k" or not 0 <= args.min_quality <= 5):
+        raise UserError(
+            f"--min-quality {args.min_quality} with --format {args.format}: expected 0 to 5, with --format subjects200k"
+        )
+
+    match args.format:
+        case "manifest":
+            source = sources.read_manifest(args.source)
+        case "subjects200k":
+            source = sources.read_subjects200k(args.source, args.min_quality or 0)
+        case "folder":
+            source = sources.read_folder(args.source)
+    done = prepare(source, args.out, limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
+    left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
+    print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = Parser(
         prog="python -m train.prepare",
         description="Checks pictures and captions and writes them as a dataset (tensorflow-datasets, array_record).",
@@ -120,28 +147,7 @@ examples:
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    args = parser.parse_args(argv)
-    limits = Limits(args.min_side, args.max_pixels, args.shrink)
-    if args.shrink is not None and args.format == "subjects200k":
-        raise UserError(f"--shrink {args.shrink}: expected another --format than subjects200k, whose files are small")
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: expected at least 1")
-    if args.min_quality is not None and (args.format != "subjects200k" or not 0 <= args.min_quality <= 5):
-        raise UserError(
-            f"--min-quality {args.min_quality} with --format {args.format}: expected 0 to 5, with --format subjects200k"
-        )
-
-    match args.format:
-        case "manifest":
-            source = sources.read_manifest(args.source)
-        case "subjects200k":
-            source = sources.read_subjects200k(args.source, args.min_quality or 0)
-        case "folder":
-            source = sources.read_folder(args.source)
-    done = prepare(source, args.out, limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
-    left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
-    print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dynaip_jax import images
 from dynaip_jax.adapters.dynaip import DynaIPConfig
-from dynaip_jax.data.records import open_dataset
+from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import pictures
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.layouts import Arranged
 from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_text, make_image_prompt
 from dynaip_jax.sampling.denoise import Parts, generate
 from dynaip_jax.sampling.options import SampleOptions
-from train.assemble import Models
-from train.config import TrainConfig
-from train.step import TrainState
+from train.config import SampleConfig
+from train.state import TrainState
+from train.workdir import write_whole
+
+if TYPE_CHECKING:
+    from train.assemble import Run
 
 COLUMNS = {"text only": None, "DDS on": 0.0, "DDS off": 1.0}  # text gain; None: no image prompt
 CELL = 256  # pixels a side at most
@@ -30,25 +33,23 @@ CELL = 256  # pixels a side at most
 class Sampler:
     """Draws `WORKDIR/samples/step_NNNNNN.png`: a row a prompt; its reference, then `COLUMNS`."""
 
-    def __init__(self, config: TrainConfig, models: Models, mesh: Mesh, workdir: Path):
-        self._sample, self._models, self._folder = config.sample, models, workdir / "samples"
-        recipe = models.recipe
+    def __init__(self, run: Run):
+        config, recipe = run.config, run.recipe
+        self._run, self._sample, self._folder = run, config.sample, run.workdir / "samples"
         family = recipe.family
-        unit = family.multiple
-        if config.sample.size % unit:
-            raise UserError(f"--sample.size {config.sample.size}: expected a multiple of {unit}")
-        self._prompts, self._references = _prompts_and_references(config)
-        encoders = {name: models.frozen[name] for name in family.text_encoders}
-        text = encode_text(family, encoders, models.tokenizers.ids(self._prompts))
+        if config.sample.size % family.multiple:
+            raise UserError(f"`sample.size` {config.sample.size}: expected a multiple of {family.multiple}")
+        self._prompts, self._references = _prompts_and_references(config.sample, run.dataset)
+        encoders = {name: run.frozen[name] for name in family.text_encoders}
+        text = encode_text(family, encoders, run.tokenizers.ids(self._prompts))
         self._text = [jax.tree.map(lambda x, n=n: x[n : n + 1], text) for n in range(len(self._prompts))]
         latent = family.latent(config.sample.size, config.sample.size)
         self._noise = np.asarray(jax.random.normal(jax.random.key(config.seed), (1, *latent)))
-        self._options = SampleOptions(
-            steps=config.sample.steps, guidance=config.sample.guidance if family.takes_guidance else None
-        )
+        guidance = config.sample.guidance if family.takes_guidance else None
+        self._options = SampleOptions(steps=config.sample.steps, guidance=guidance)
 
-    def draw(self, step: int, state: TrainState) -> None:
-        """Draws the grid with the averaged weights of `state`; process 0 writes it."""
+    def __call__(self, step: int, state: TrainState) -> dict[str, float]:
+        """Draws the grid with the averaged weights of `state`; process 0 writes it. No figures."""
         cells = []
         for text, reference in zip(self._text, self._references, strict=True):
             cells.append(images.labelled(images.square(reference), "reference", self._cell))
@@ -56,24 +57,29 @@ class Sampler:
                 picture = images.to_uint8(self._picture(state, text, reference, text_gain))
                 cells.append(images.labelled(picture, label, self._cell))
         if jax.process_index() == 0:
-            self._folder.mkdir(exist_ok=True)
             grid = images.grid(cells, columns=1 + len(COLUMNS))
-            settings = dict(step=step, prompts=self._prompts)
-            images.save_png(grid, self._folder / f"step_{step:06d}.png", settings, overwrite=True)
+            self._write(grid, f"step_{step:06d}.png", dict(step=step, prompts=self._prompts))
+        return {}
+
+    def _write(self, grid: Any, name: str, settings: dict[str, Any]) -> None:
+        self._folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as disk:  # the folder may be in a bucket
+            images.save_png(grid, Path(disk) / name, settings)
+            write_whole(self._folder / name, (Path(disk) / name).read_bytes())
 
     @property
     def _cell(self) -> int:
         return min(CELL, max(128, self._sample.size))
 
     def _picture(self, state: TrainState, text: Any, reference: np.ndarray, text_gain: float | None) -> np.ndarray:
-        recipe, frozen = self._models.recipe, self._models.frozen
+        recipe, frozen = self._run.recipe, self._run.frozen
         family, options, prompt = recipe.family, self._options, None
         if text_gain is not None and isinstance(recipe.adapter, DynaIPConfig):
             pixels = images.clip_pixels(reference, family.config("clip_vision").image_size)[None, None]
             options = dataclasses.replace(options, text_gain=text_gain)
-            told = adapter_options(options)
+            gains = adapter_options(options)
             prompt, _ = make_image_prompt(
-                family, recipe.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, told
+                family, recipe.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, gains
             )
         weights = Arranged(state.ema.get("transformer", frozen.get("transformer")))
         parts = Parts(family, weights, frozen["vae"])
@@ -85,14 +91,12 @@ class Sampler:
         return np.asarray(decoded[0])
 
 
-def _prompts_and_references(config: TrainConfig) -> tuple[list[str], list[np.ndarray]]:
+def _prompts_and_references(sample: SampleConfig, dataset: Dataset) -> tuple[list[str], list[np.ndarray]]:
     """As the config names them, or from the dataset's first rows."""
-    sample = config.sample
     if sample.prompts and sample.references and len(sample.prompts) != len(sample.references):
         raise UserError(
-            f"--sample.prompts: {len(sample.prompts)} for {len(sample.references)} --sample.references; give one a prompt"
+            f"`sample.prompts`: {len(sample.prompts)} for {len(sample.references)} `sample.references`; give one a prompt"
         )
-    dataset = open_dataset(config.data.path)
     count = len(sample.prompts) or len(sample.references) or min(sample.rows, len(dataset))
     rows = [dataset[n % len(dataset)] for n in range(count)]
     prompts = list(sample.prompts) or [row.caption for row in rows]

@@ -5,21 +5,25 @@ Gradients are taken of the trained tree alone; frozen weights are a plain argume
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dynaip_jax import flow
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
 from dynaip_jax.data.samples import Batch
-from dynaip_jax.families.base import Family
+from dynaip_jax.families.base import Family, Matrices
 from dynaip_jax.layers.compute import Compute
+from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.sharding import batch_sharding
 from dynaip_jax.types import TextCondition
 from train.config import OptimConfig
+from train.optim import ADAPTER_MATRICES
+from train.state import TrainState, updated
 
 TIME_BUCKETS = 4
 
@@ -28,8 +32,8 @@ class Encoded(NamedTuple):
     """What the frozen encoders make of a batch: nothing of it depends on chance."""
 
     moments: jax.Array  # [b, h, w, 2z] of the VAE
-    states: jax.Array  # [b, t, c] of T5
-    pooled: jax.Array | None  # [b, c] of CLIP text
+    states: jax.Array  # [b, t, c] of the prompt
+    pooled: jax.Array | None  # [b, c] of the prompt; None where the family has none
     levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
 
 
@@ -39,22 +43,13 @@ class Features(NamedTuple):
     latents: jax.Array  # [b, c, h, w]
     noise: jax.Array  # [b, c, h, w]
     t: jax.Array  # [b]
-    states: jax.Array  # [b, t, c] of T5
-    pooled: jax.Array | None  # [b, c] of CLIP text
+    states: jax.Array  # [b, t, c] of the prompt
+    pooled: jax.Array | None  # [b, c] of the prompt; None where the family has none
     levels: tuple[jax.Array, ...] | None  # three of [b, s, m, c] of CLIP vision; None without an adapter
     keep_image: jax.Array  # [b]: 0 where the image prompt is dropped
     granularity: jax.Array | None = (
         None  # [b, 3]: weights of the levels, zeros where the router decides; None: everywhere
     )
-
-
-class TrainState(NamedTuple):
-    """All that changes in training. `params` has "adapter", "transformer" or both, float32; `ema` its average."""
-
-    step: jax.Array  # int32, steps done
-    params: dict[str, Any]
-    ema: dict[str, Any]
-    opt_state: Any
 
 
 @dataclass(frozen=True)
@@ -73,55 +68,15 @@ class Recipe:
     fixed_noise: bool
     seed: int
 
+    @property
+    def matrices(self) -> tuple[Matrices, ...]:
+        """Parameters that Muon takes as matrices."""
+        return (*self.family.matrices, *ADAPTER_MATRICES)
+
     def key(self, step: jax.Array, purpose: int) -> jax.Array:
         """The random key of a step; the same for all steps with `fixed_noise`."""
         key = jax.random.fold_in(jax.random.key(self.seed), purpose)
         return key if self.fixed_noise else jax.random.fold_in(key, step)
-
-
-def optimizer(c: OptimConfig) -> optax.GradientTransformation:
-    """Clipping, AdamW or Muon, warmup and cosine."""
-
-    def schedule(rate: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, rate, c.warmup, max(c.decay_steps, c.warmup + 1), rate * c.final)
-
-    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    if c.kind == "adamw":
-        inner = optax.adamw(schedule(c.rate), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decayed)
-    else:
-        inner = optax.contrib.muon(
-            schedule(c.muon_rate), adam_learning_rate=schedule(c.rate), adam_b1=c.b1, adam_b2=c.b2,
-            weight_decay=c.weight_decay, adam_weight_decay=c.weight_decay, weight_decay_mask=decayed,
-            muon_weight_dimension_numbers=_matrices,
-        )  # fmt: skip
-    return optax.chain(optax.clip_by_global_norm(c.clip), inner)
-
-
-MATRICES = (  # parameter name -> axes that go in and axes that come out; the others count matrices. The first match wins.
-    (r"blocks.*(attn_proj|attn_out).*kernel", (1, 2), (3,)),
-    (r"blocks.*(qkv|mod).*kernel", (1,), (3, 4)),
-    (r"blocks.*kernel", (1,), (2,)),
-    (r"'(double|single)'.*'(key|value)'", (1,), (2, 3)),
-    (r"expert_.*kernel", (0,), (1,)),
-)
-
-
-def _matrices(params: Any) -> Any:
-    """For each parameter what `MATRICES` says of it, None if nothing."""
-
-    def axes(path: Any, x: jax.Array) -> Any:
-        name = jax.tree_util.keystr(path)
-        for pattern, into, out in MATRICES:
-            if re.search(pattern, name):
-                return optax.contrib.MuonDimensionNumbers(into, tuple(axis for axis in out if axis < x.ndim))
-        return None
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def init_state(optim: OptimConfig, params: dict[str, Any]) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer(optim).init(params))
 
 
 def encode(recipe: Recipe, params: dict[str, Any], batch: Batch) -> Encoded:
@@ -207,24 +162,14 @@ def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
 
-def updated(optim: OptimConfig, state: TrainState, grads: Any) -> TrainState:
-    """The state after one optimizer step along `grads`."""
-    updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    done = state.step.astype(jnp.float32)
-    decay = jnp.minimum(optim.ema, (1 + done) / (10 + done))
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-    return TrainState(state.step + 1, params, ema, opt_state)
-
-
 def train_step(
     recipe: Recipe, state: TrainState, frozen: dict[str, Any], features: Features
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step over a batch, in `recipe.accumulate` micro-batches.
 
     `frozen`: the parameters that are not trained. Noise and times come with the features, so that accumulation changes no
-    number but by rounding. Metrics: loss, loss by quarter of t (NaN where a quarter is empty),
-    gradient norm, routing weights, RMS of keys and values.
+    number but by rounding. Metrics: loss, loss by quarter of t (NaN where a quarter is empty), norms of gradient, parameters and
+    their change, routing weights, RMS of keys and values.
     """
     b = features.latents.shape[0]
 
@@ -245,11 +190,22 @@ def train_step(
         )
         grads = jax.tree.map(lambda g: g / n, grads)
 
-    new = updated(recipe.optim, state, grads)
+    new = updated(recipe.optim, state, grads, recipe.matrices)
     metrics = dict(
         loss=sums["loss"] / b,
         grad_norm=optax.global_norm(grads),
+        param_norm=optax.global_norm(new.params),
+        update_norm=optax.global_norm(jax.tree.map(jnp.subtract, new.params, state.params)),
         loss_by_time=sums["bucket_loss"] / sums["bucket_count"],
     )
     metrics |= {k: sums[k] / b for k in ("routing", "key_rms", "value_rms") if k in sums}
     return new, metrics
+
+
+def jitted(mesh: Mesh, places: TrainState) -> tuple[Any, Any]:
+    """`features_of` and `train_step` for a mesh, and a state with the shardings `places`; to be called, or lowered, with the mesh
+    set (`jax.set_mesh`)."""
+    features_fn = jax.jit(features_of, static_argnums=0, out_shardings=batch_sharding(mesh), compiler_options=QUICK)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step_fn = jax.jit(train_step, static_argnums=0, donate_argnums=1, out_shardings=(places, everywhere))
+    return features_fn, step_fn

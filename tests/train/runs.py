@@ -13,10 +13,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from train import config as config_
+from train.step import train_step
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "debug.py"
-PATIENCE = 300  # seconds
+STEP = jax.jit(train_step, static_argnums=0)
+PATIENCE = 1500  # seconds after which a child is taken to hang
 
 
 def tiny_recipe(tiny):
@@ -28,6 +30,16 @@ def tiny_recipe(tiny):
         adapter=dataclasses.replace(debug.adapter, levels=(2, 3, 4), expert_width=64),
         data=dataclasses.replace(debug.data, clip_size=32),
     )
+
+
+def fixed(config, **changes):
+    """`config` with one batch, noise and times for all steps."""
+    return dataclasses.replace(config, fixed_batch=True, fixed_noise=True, **changes)
+
+
+def without_overview(lines):
+    """Lines of stderr without the table of parameters."""
+    return [line for line in lines if not line.startswith(("parameters: ", "  "))]
 
 
 def words(workdir, *more):
@@ -51,16 +63,20 @@ class Child:
         """`python -m train.main`."""
         return cls(env, log, "-m", "train.main", *arguments)
 
-    def wait_for(self, found):
-        """Until `found()` holds; fails if the process ends first."""
+    def wait_for(self, condition):
+        """Until `condition()` holds; fails if the process ends first."""
         until = time.monotonic() + PATIENCE
-        while not found():
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
             time.sleep(0.002)
 
     def says(self, text):
         """Whether `text` was written to stderr."""
         return text in self.log.read_text()
+
+    def lines(self):
+        """What was written to stderr, without the table of parameters."""
+        return without_overview(self.log.read_text().splitlines())
 
     def end(self):
         """The exit status, once it is there."""
@@ -81,8 +97,8 @@ def state(workdir, step):
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(folder).item_metadata.tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        found = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
+        arrays = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(arrays)}
 
 
 def data_state(workdir, step):
@@ -95,9 +111,27 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(workdir, key="loss"):
+    """One value a line of metrics.jsonl."""
+    return [line[key] for line in metrics(workdir)]
+
+
 def assert_same(one, other, step):
     """Two runs have bit-identical adapter, average, optimizer state and data position at `step`."""
     a, b = state(one, step), state(other, step)
     assert a.keys() == b.keys() and any("ema" in name for name in a) and any("mu" in name for name in a)
     assert [name for name in a if a[name].tobytes() != b[name].tobytes()] == []
     assert data_state(one, step) == data_state(other, step)
+
+
+def contents(folder):
+    """Every file below `folder` -> its bytes."""
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(trainer, argv, *found, **options):
+    """Runs a command that is refused with one line that holds every text of `found`."""
+    status, lines = trainer(argv, **options)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    for text in found:
+        assert text in lines[0]

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from dynaip_jax.errors import UserError
-from tests.train.test_step import config, losses  # noqa: F401  (a fixture)
+from tests.train.runs import losses
 from train.cache import cache
 from train.loop import train
 
 
 @pytest.fixture(scope="module")
-def augmented(config):  # noqa: F811
+def augmented(config):
     """Several epochs (8 rows in batches of 2), flips, crops and drops of every kind, two shapes of picture."""
     data = dataclasses.replace(
         config.data, flip_reference=0.5, crop_reference=0.6, drop_image=0.2, drop_text=0.2, drop_both=0.1, aspects=("1:1", "3:2")
@@ -21,7 +21,7 @@ def augmented(config):  # noqa: F811
     return dataclasses.replace(config, data=data, batch=2, steps=10, save_every=10)
 
 
-def with_features(config, folder):  # noqa: F811
+def with_features(config, folder):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(folder)))
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.data.loader import BatchIterator
-from dynaip_jax.runtime.sharding import make_mesh
-from tests.train.runs import Child, data_state, metrics, state, steps, words
-from train import assemble as models
+from tests.train import runs
+from tests.train.runs import Child, data_state, losses, metrics, steps, words
 from train import config as config_
-from train import loop
+from train.assemble import Run
+from train.loop import train
 from train.main import main
 from train.photographs import resolve
 
@@ -34,12 +34,12 @@ def train_on_meshes(folder):
     for name, mesh in MESHES.items():
         argv = words(folder / name, *FOUR_STEPS, *mesh_words(*mesh))
         config = resolve(config_.override(config_.load(Path(argv[1])), argv[4:]))
-        found = loop.train(config, folder / name)
-        frozen = models.load(config, models.open_bundle(config), make_mesh(config.mesh)).frozen
+        state = train(config, folder / name)
+        frozen = Run(config).load("transformer")
         leaves = dict(
-            params=found.params["adapter"]["double"]["key"],
-            ema=found.ema["adapter"]["double"]["key"],
-            mu=found.opt_state[1][0].mu["adapter"]["double"]["key"],
+            params=state.params["adapter"]["double"]["key"],
+            ema=state.ema["adapter"]["double"]["key"],
+            mu=state.opt_state[1][0].mu["adapter"]["double"]["key"],
             frozen=frozen["transformer"]["double_blocks"]["img_mlp"]["in_layer"]["kernel"],
         )
         shards = {
@@ -83,15 +83,11 @@ def one(trainer, tmp_path):
     return tmp_path / "one"
 
 
-def losses(run, key="loss"):
-    return [line[key] for line in metrics(run)]
-
-
 def assert_close(run, other, step):
     """Up to the rounding of float32: seen are 2e-7 in the losses, 5e-7 in the gradient norms, 4e-8 in the weights."""
     np.testing.assert_allclose(losses(run)[:step], losses(other)[:step], rtol=1e-5)
     np.testing.assert_allclose(losses(run, "grad_norm")[:step], losses(other, "grad_norm")[:step], rtol=1e-5)
-    a, b = state(run, step), state(other, step)
+    a, b = runs.state(run, step), runs.state(other, step)
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=1e-6, err_msg=name)

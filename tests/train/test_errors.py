@@ -13,31 +13,9 @@ from dynaip_jax.data.order import BatchOrder
 from dynaip_jax.data.records import open_dataset
 from dynaip_jax.errors import UserError
 from dynaip_jax.shapeland import default
-from tests.train.runs import RECIPE, Child, metrics, state, steps, words
-from train import config as config_
-from train import export
-from train.loop import _check_finite
-
-
-def contents(folder):
-    """Every file below `folder` -> its bytes."""
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def refused(trainer, argv, *found, **options):
-    """Runs a command that is refused with one line that holds every text of `found`."""
-    status, lines = trainer(argv, **options)
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    for text in found:
-        assert text in lines[0]
-
-
-@pytest.fixture
-def run(trainer, tmp_path):
-    """The folder of a run of two steps."""
-    assert trainer(words(tmp_path / "run", "--steps", 2))[0] == 0
-    return tmp_path / "run"
-
+from tests.train.runs import RECIPE, Child, contents, metrics, refused, state, steps, words
+from train.loop import check_finite
+from train.workdir import read_config
 
 RECIPES = {
     "empty": ("", "has no CONFIG = TrainConfig(...); see configs/debug.py"),
@@ -75,6 +53,10 @@ FIELDS = [
     (("--adapter.levels", 10, 17, 24), "--adapter.levels (10, 17, 24): the CLIP of", "has 6 layers"),
     (("--bundle", "/missing"), "/missing"),
     (("--sample.every", 1, "--sample.size", 36), "--sample.size 36: expected a multiple of 8"),
+    (("--validation.every", 1), "--validation.every 1: needs held-out rows; pass --validation.path"),
+    (("--validation.every", 1, "--validation.path", "/missing"), "dataset /missing: no dataset_info.json"),
+    (("--validation.batches", 0), "--validation.batches 0: expected at least 1"),
+    (("--profile.start", 0), "--profile.start 0, --profile.steps 0: expected a first step of at least 1"),
     (("--resume", "--overwrite"), "--resume and --overwrite: they exclude each other; pass one"),
 ]
 
@@ -102,7 +84,8 @@ def test_bad_folders(trainer, tmp_path):
     assert contents(tmp_path) == {(tmp_path / "file").relative_to(tmp_path): b"mine"}
 
 
-def test_a_run_is_neither_deleted_nor_gone_on_with_unasked(trainer, run, tmp_path):
+def test_a_run_is_neither_deleted_nor_gone_on_with_unasked(trainer, two_steps, tmp_path):
+    run = two_steps
     before = contents(run)
     refused(trainer, words(run), f"--workdir {run}: holds a run; pass --resume to go on with it or --overwrite")
     refused(
@@ -127,7 +110,8 @@ def test_a_run_is_neither_deleted_nor_gone_on_with_unasked(trainer, run, tmp_pat
     assert steps(run) == [1] and [line["step"] for line in metrics(run)] == [1] and not (run / "samples").exists()
 
 
-def test_a_damaged_run_is_told_of(trainer, run):
+def test_a_damaged_run_is_told_of(trainer, two_steps):
+    run = two_steps
     assert trainer(words(run, "--resume", "--steps", 4))[0] == 0
     for path in (run / "checkpoints" / "4" / "state").glob("**/d/*"):
         path.write_bytes(path.read_bytes()[:100])
@@ -147,7 +131,7 @@ def test_a_loss_that_is_not_finite(trainer, tmp_path):
     assert status == 2 and sum(line.startswith("error: ") for line in lines) == 1
     done = steps(run)[-1]
     assert [line["step"] for line in metrics(run)] == list(range(1, done + 1))
-    config = config_.from_dict(json.loads((run / "run.json").read_text())["config"])
+    config = read_config(run)
     dataset = open_dataset(config.data.path)
     shapes = buckets(config.data.resolution, config.data.aspects)
     rows = BatchOrder(dataset.sizes, shapes, 2, config.data.seed).step(done).rows
@@ -157,11 +141,11 @@ def test_a_loss_that_is_not_finite(trainer, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite():
-    data = SimpleNamespace(reader=SimpleNamespace(dataset=SimpleNamespace(numbers=np.arange(1, 9))))
+    run = SimpleNamespace(dataset=SimpleNamespace(numbers=np.arange(1, 9)))
     values = dict(loss=np.float32(1), grad_norm=np.float32(np.inf))
     with pytest.raises(UserError, match=r"step 7: the gradient norm is inf; batch rows \[3, 1\]"):
-        _check_finite(7, values, np.array([2, 0]), data)
-    _check_finite(7, values | dict(grad_norm=np.float32(2)), np.array([2, 0]), data)
+        check_finite(run, 7, values, np.array([2, 0]))
+    check_finite(run, 7, values | dict(grad_norm=np.float32(2)), np.array([2, 0]))
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs a limit set on another process")
@@ -172,7 +156,7 @@ def test_a_full_disk(home, trainer, tmp_path):
     child.wait_for((run / "checkpoints" / "2").is_dir)
     resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
     assert child.end() == 2, child.log.read_text()
-    lines = child.log.read_text().splitlines()
+    lines = child.lines()
     assert lines[-1].startswith(f"error: --workdir {run}: ") and lines[-1].endswith(", then --resume")
     assert all(line.startswith("step ") for line in lines[:-1])
     last = steps(run)[-1]
@@ -181,30 +165,3 @@ def test_a_full_disk(home, trainer, tmp_path):
     straight = tmp_path / "straight"
     assert trainer(words(straight, "--steps", last + 2))[0] == 0
     assert all(np.array_equal(x, state(run, last + 2)[name]) for name, x in state(straight, last + 2).items())
-
-
-def test_bad_exports(trainer, run, tmp_path):
-    def rejected(folder, *options, found):
-        refused(trainer, ["--workdir", folder, *options], found, command=export.main)
-
-    before, out = contents(tmp_path), ("--out", tmp_path / "adapter")
-    rejected(tmp_path, *out, found=f"--workdir {tmp_path}: no readable run.json")
-    rejected(run, *out, "--step", 7, found=f"--step 7: no such checkpoint in {run}; it has 2")
-    rejected(run, *out, "--step", "first", found="--step first: no such checkpoint")
-    rejected(run, found="--out: not given; this run trained trainable='adapter'; pass --out ADAPTER")
-    rejected(run, *out, "--bundle", tmp_path / "bundle", found="--bundle: given; this run trained trainable='adapter'")
-    assert contents(tmp_path) == before
-    assert trainer(["--workdir", run, *out], command=export.main)[0] == 0
-    rejected(run, *out, found=f"{tmp_path / 'adapter'}")
-    for trainable, found in (
-        ("all", "--bundle: not given; this run trained trainable='all'; pass --bundle BUNDLE for the base it trained"),
-        ("base", "--out: given; this run trained trainable='base'; there is no adapter in it; leave it out"),
-    ):
-        manifest = json.loads((run / "run.json").read_text())
-        manifest["config"]["trainable"] = trainable
-        (run / "run.json").write_text(json.dumps(manifest))
-        rejected(run, *out, found=found)
-    shutil.rmtree(run / "checkpoints")
-    manifest["config"]["trainable"] = "adapter"
-    (run / "run.json").write_text(json.dumps(manifest))
-    rejected(run, "--out", tmp_path / "new", found="--step last: no such checkpoint")

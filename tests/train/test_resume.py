@@ -14,7 +14,7 @@ from dynaip_jax.data.loader import make_loader
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.shapeland import default
 from tests.train.runs import Child, assert_same, data_state, metrics, state, steps, words
-from train import config as config_
+from train.workdir import read_config
 
 WORKERS = ("--data.workers", "1")  # children have a worker process too, which must not outlive them
 
@@ -25,7 +25,7 @@ def straight(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     child = Child.train(home, folder / "log", *words(folder / "run", *WORKERS))
     assert child.end() == 0, child.log.read_text()
-    assert child.log.read_text().count("\n") == 12  # a line a step, and no warning
+    assert len(child.lines()) == 12  # a line a step, and no warning
     return folder / "run"
 
 
@@ -71,7 +71,7 @@ def test_stopped_by_sigterm(home, trainer, straight, tmp_path):
     time.sleep(chance.uniform(0, 0.1))
     child.process.send_signal(signal.SIGTERM)
     assert child.end() == 0, child.log.read_text()
-    lines = child.log.read_text().splitlines()
+    lines = child.lines()
     at = steps(run)[-1]
     assert at < 12 and lines[-1] == f"stopped by SIGTERM after step {at}; saved; go on with --resume"
     assert len(lines) == at + 1 and data_state(run, at)["step"] == at
@@ -80,8 +80,7 @@ def test_stopped_by_sigterm(home, trainer, straight, tmp_path):
 
 
 def test_the_next_batch_is_the_one_a_straight_run_would_read(home, straight):
-    manifest = json.loads((straight / "run.json").read_text())
-    data = config_.from_dict(manifest["config"]).data
+    data = read_config(straight).data
     bundle = default.paths()[0]
     text = json.loads((bundle / "bundle.json").read_text())["text"]
     tokenizers = Tokenizers.load(bundle / "tokenizers", text["t5_length"], text["clip_length"])

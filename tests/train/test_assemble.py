@@ -1,0 +1,24 @@
+"""A run's parts: what a config asks for reaches them, and each is opened once."""
+
+from dynaip_jax.storage.bundle import Bundle
+from train import config as config_
+from train.assemble import Run, assembled
+
+
+def test_query_and_merge_reach_adapter_and_transformer(config):
+    chosen = config_.override(config, ["--adapter.query", "after_rope", "--adapter.merge", "concat"])
+    recipe = Run(chosen).recipe
+    injection = recipe.family.injection
+    assert (recipe.adapter.query, recipe.adapter.merge) == ("after_rope", "concat")
+    assert (injection.query, injection.merge) == ("after_rope", "concat")
+
+
+def test_each_part_is_opened_once(config, tmp_path, monkeypatch):
+    opened = []
+    bundle, load = Bundle.open, Bundle.load
+    monkeypatch.setattr(Bundle, "open", lambda *a: (opened.append("bundle"), bundle(*a))[1])
+    monkeypatch.setattr(Bundle, "load", lambda self, name, target: (opened.append(name), load(self, name, target))[1])
+    with assembled(config, tmp_path / "run") as run:
+        run.first_state()
+        assert run.dataset is run.data.reader.dataset and run.frozen is run.frozen
+    assert sorted(opened) == ["bundle", "clip_text", "clip_vision", "t5", "transformer", "vae"]

@@ -1,0 +1,89 @@
+"""Evaluators: when the loop calls them, and what the two shipped ones give."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.train.runs import metrics
+from train import assemble
+from train.assemble import Run
+from train.config import SampleConfig, ValidationConfig
+from train.evaluators import Due
+from train.loop import train
+from train.samples import Sampler
+from train.validation import Validation
+
+
+@pytest.fixture(scope="module")
+def validated(config):
+    path = config.data.path
+    return dataclasses.replace(config, batch=2, steps=5, validation=ValidationConfig(path=path, every=2, batches=2))
+
+
+def test_the_loop_calls_those_that_are_due_and_writes_what_they_return(config, tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate(step, state):
+        calls.append((step, int(state.step)))
+        return dict(score=step / 2)
+
+    monkeypatch.setattr(assemble, "shipped", lambda run: [Due(2, evaluate), Due(3, lambda step, state: {})])
+    train(dataclasses.replace(config, batch=2, steps=5, log_every=4), tmp_path / "run")
+    assert calls == [(2, 2), (4, 4)]
+    lines = metrics(tmp_path / "run")
+    assert [(line["step"], line.get("score"), "loss" in line) for line in lines] == [
+        (2, 1.0, False), (4, None, True), (4, 2.0, False), (5, None, True),
+    ]  # fmt: skip
+
+
+def test_validation_is_written_and_leaves_training_alone(validated, tmp_path):
+    seen = train(validated, tmp_path / "seen")
+    values = {line["step"]: line["validation_loss"] for line in metrics(tmp_path / "seen") if "validation_loss" in line}
+    assert set(values) == {2, 4} and all(np.isfinite(x) and x > 0 for x in values.values())
+    plain = train(dataclasses.replace(validated, validation=ValidationConfig()), tmp_path / "plain")
+    jax.tree.map(np.testing.assert_array_equal, seen, plain)
+
+
+def test_validation_depends_on_the_averaged_weights_alone(validated):
+    """Not on the step, nor on chance: drops, random granularity and fixed noise of training do not reach it."""
+    run = Run(validated)
+    state = run.fresh_state()
+    validation = Validation(run)
+    first = validation(2, state)
+    assert validation(4, state._replace(params=jax.tree.map(lambda x: x + 1, state.params))) == first
+    other = validation(2, state._replace(ema=jax.tree.map(lambda x: x + 0.3, state.ema)))
+    assert abs(other["validation_loss"] - first["validation_loss"]) > 1e-3
+    wild = dataclasses.replace(validated.data, drop_text=1.0, drop_image=0.0, drop_both=0.0, flip_target=1.0)
+    changed = dataclasses.replace(validated, data=wild, random_granularity=1.0, fixed_noise=True)
+    assert Validation(Run(changed))(2, state) == first
+
+
+def test_validation_is_the_mean_over_its_batches(validated):
+    one, two = (
+        Validation(Run(dataclasses.replace(validated, validation=dataclasses.replace(validated.validation, batches=n))))
+        for n in (1, 2)
+    )
+    state = Run(validated).fresh_state()
+    first, both = (v(1, state)["validation_loss"] for v in (one, two))
+    two._batches = two._batches[::-1]
+    assert two(1, state)["validation_loss"] != pytest.approx(both, rel=1e-6)  # each batch has its own noise and times
+    rows = [set(batch.row.tolist()) for batch in two._batches]
+    assert len(rows[0] | rows[1]) == 4 and first != both
+
+
+def test_a_grid_of_samples_is_drawn_with_the_averaged_weights(config, tmp_path):
+    sample = SampleConfig(every=1, prompts=("a cat", "a cup"), size=32, steps=1)
+    with assemble.assembled(dataclasses.replace(config, sample=sample), tmp_path / "run") as run:
+        state = run.fresh_state()
+        sampler = Sampler(run)
+        assert sampler(1, state) == {}
+        sampler(2, state._replace(params=jax.tree.map(jnp.zeros_like, state.params)))
+        sampler(3, state._replace(ema=jax.tree.map(lambda x: x + 0.5, state.ema)))
+    one, two, three = (np.asarray(Image.open(tmp_path / f"run/samples/step_00000{n}.png")) for n in (1, 2, 3))
+    assert one.shape == (2 * (128 + 16), 4 * 128, 3)  # a label above each cell
+    assert (one == two).all() and (one != three).any()
+    assert (one[:, :256] == three[:, :256]).all()  # reference and text only: no adapter in them

@@ -1,0 +1,73 @@
+"""The optimizer: what it moves, and how far."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dynaip_jax.families.base import Matrices
+from tests.train.runs import fixed, losses
+from train.assemble import Run
+from train.config import OptimConfig
+from train.loop import train
+from train.optim import dimension_numbers, learning_rates, optimizer
+from train.state import fresh_params
+
+
+def test_muon_takes_the_matrices_and_goes_on_after_a_restart(config, tmp_path):
+    muon = dataclasses.replace(config.optim, kind="muon", muon_rate=0.01)
+    run = fixed(config, trainable="all", fresh_base=True, optim=muon, save_every=10)
+    recipe = Run(run).recipe
+    moved = jax.tree_util.tree_leaves_with_path(
+        dimension_numbers(fresh_params(run, recipe), recipe.matrices),
+        is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers),
+    )
+    names = [jax.tree_util.keystr(path) for path, _ in moved]
+    assert (
+        len(names) == 25 and sum("expert" in name for name in names) == 6 and not any("bias" in name for name in names)
+    )
+    straight = train(dataclasses.replace(run, steps=20), tmp_path / "straight")
+    train(dataclasses.replace(run, steps=10), tmp_path / "cut")
+    again = train(dataclasses.replace(run, steps=20), tmp_path / "cut", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, again.params, straight.params)
+    values = losses(tmp_path / "straight")
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_warmup_clipping_and_decay_of_matrices_only():
+    c = OptimConfig(rate=1.0, warmup=4, decay_steps=8, final=0.1, clip=1.0, weight_decay=0.5)
+    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    tx = optimizer(c)
+    state = tx.init(params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    rates = []
+    for _ in range(9):
+        updates, state = tx.update(zero, state, params)
+        assert float(jnp.abs(updates["scale"]).max()) == 0
+        rates.append(float(-updates["kernel"][0, 0] / 0.5))
+    np.testing.assert_allclose(rates[:5], [0, 0.25, 0.5, 0.75, 1.0], atol=1e-6)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-6)
+    big = jax.tree.map(lambda x: 100 * jnp.ones_like(x), params)
+    _, clipped = tx.update(big, tx.init(params), params)
+    mu = optax.tree_utils.tree_get(clipped, "mu")
+    assert float(optax.global_norm(mu)) == pytest.approx(0.1, rel=1e-5)  # (1 - b1) x 1
+
+
+def test_learning_rates_are_those_of_the_step():
+    """Of step n, the optimizer's n-th update; seen in how far weight decay alone moves a parameter."""
+    c = OptimConfig(kind="muon", rate=1.0, muon_rate=0.5, warmup=4, decay_steps=8, final=0.1, weight_decay=0.5)
+    rates = [learning_rates(c, step) for step in range(1, 10)]
+    params = {"bias": jnp.ones((2, 2)), "blocks": {"kernel": jnp.ones((1, 2, 2))}}
+    kernels = (Matrices("kernel", (1,), (2,)),)
+    tx, zero = optimizer(c, kernels), jax.tree.map(jnp.zeros_like, params)
+    state = tx.init(params)
+    for step in range(9):
+        updates, state = tx.update(zero, state, params)
+        assert float(-updates["bias"][0, 0] / 0.5) == pytest.approx(rates[step]["learning_rate"], abs=1e-6)
+        assert float(-updates["blocks"]["kernel"][0, 0, 0] / 0.5) == pytest.approx(
+            rates[step]["muon_learning_rate"], abs=1e-6
+        )
+    assert set(learning_rates(OptimConfig(), 1)) == {"learning_rate"}

@@ -1,0 +1,32 @@
+"""The table of parameters that a run begins with."""
+
+import jax
+import numpy as np
+
+from train.assemble import Run
+from train.overview import LINES, Part, in_detail, overview
+
+
+def test_every_parameter_is_counted_and_trained_ones_are_shown(config):
+    run = Run(config)
+    state = run.fresh_state()
+    head, *lines = overview(run, state).splitlines()
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, run.frozen))
+    assert head == f"parameters: {trained:,} trained, {frozen:,} frozen"
+    shown = [line.split() for line in lines]
+    assert sum(int(row[-2].replace(",", "")) for row in shown) == trained + frozen
+    assert [row[0] for row in shown if row[-1] == "frozen"] == ["vae", "t5", "clip_text", "clip_vision", "transformer"]
+    key = state.params["adapter"]["double"]["key"]
+    (row,) = [row for row in shown if row[0] == "adapter.double.key"]
+    assert row[1:-2] == [*" x ".join(map(str, key.shape)).split(), "float32"] and row[-2] == f"{key.size:,}"
+    assert len(shown) == 5 + len(jax.tree.leaves(state.params))
+
+
+def test_many_parameters_are_summed_up_by_module():
+    """The largest are taken apart, as long as there is room."""
+    leaves = {f"blocks.part{n}.kernel": np.zeros((1, n + 1)) for n in range(200)}
+    whole = Part("base", leaves | {"last.kernel": np.zeros((2, 2)), "last.bias": np.zeros(2)}, True)
+    parts = in_detail([whole, Part("vae", {"a": np.zeros(3), "b": np.zeros(3)}, False)], LINES)
+    assert [(part.name, part.size) for part in parts] == [
+        ("base.blocks", 20100), ("base.last.kernel", 4), ("base.last.bias", 2), ("vae", 6),
+    ]  # fmt: skip

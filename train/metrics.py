@@ -1,0 +1,201 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard events, lines on the terminal, and its throughput."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import struct
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dynaip_jax.planner import chips
+from dynaip_jax.storage.folders import is_bucket
+from train.config import OptimConfig
+from train.optim import learning_rates
+from train.step import TIME_BUCKETS
+from train.workdir import disk_errors, write_whole
+
+if TYPE_CHECKING:
+    from train.assemble import Run
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def say(line: str) -> None:
+    """A line on stderr, from the first process alone."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr)
+
+
+class Meter:
+    """Throughput since the last reading: images/s, FLOP/s by formula, and how long the loop waited for data."""
+
+    def __init__(self, run: Run):
+        self._run, self._devices = run, run.mesh.devices.size
+        self._chip = chips.chip(run.mesh.devices.flat[0].device_kind)
+        self.waited = 0.0
+        self.pause()
+
+    def pause(self) -> None:
+        """Starts counting anew."""
+        self._since, self._steps, self._flops, self.waited = time.perf_counter(), 0, 0, 0.0
+
+    def count(self, shape: tuple[int, ...]) -> None:
+        """Counts a step over latents of shape `[b, c, h, w]`."""
+        self._steps += 1
+        self._flops += self._run.config.batch * self._run.flops(self._run.recipe.family.tokens(shape))
+
+    def read(self) -> dict[str, float | None]:
+        """The figures since the last reading."""
+        seconds = time.perf_counter() - self._since
+        rate = self._flops / seconds / self._devices
+        figures = dict(
+            images_per_second=self._steps * self._run.config.batch / seconds,
+            step_seconds=seconds / self._steps,
+            data_wait=self.waited / seconds,
+            flops_per_second_per_device=rate,
+            mfu=None if self._chip is None else rate / self._chip.flops,
+        )
+        self.pause()
+        return figures
+
+
+class Metrics:
+    """`metrics.jsonl` and TensorBoard events in the run's folder, and a line on the terminal.
+
+    On resumption at step `start` the lines of later steps, from before a kill, are dropped.
+    """
+
+    def __init__(self, workdir: epath.Path, start: int, *, write: bool):
+        self._workdir, self._start, self._write = workdir, start, write
+
+    def __enter__(self) -> Metrics:
+        if self._write:
+            path = self._workdir / METRICS_FILE
+            with disk_errors(self._workdir):
+                kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= self._start]
+                self._file = GrowingFile(path, "".join(f"{line}\n" for line in kept).encode())
+                self._board = Board(self._workdir / "tensorboard", self._start + 1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._write:
+            with disk_errors(self._workdir):
+                self._file.close()
+                self._board.close()
+
+    def write(self, step: int, values: dict[str, Any], figures: dict[str, float | None], optim: OptimConfig) -> None:
+        """One line with `step`, `loss` and the rest. `values`: the metrics of `train_step`; `figures`: of a `Meter`."""
+        line: dict[str, Any] = dict(loss=float(values["loss"]), grad_norm=float(values["grad_norm"]))
+        quarters = np.asarray(values["loss_by_time"])
+        line |= {f"loss_t{n}of{TIME_BUCKETS}": _finite(x) for n, x in enumerate(quarters, 1)}
+        if "routing" in values:
+            low, mid, high = np.asarray(values["routing"]).tolist()
+            line |= dict(routing_low=low, routing_mid=mid, routing_high=high)
+            line |= {k: float(values[k]) for k in ("key_rms", "value_rms")}
+        line |= {k: float(values[k]) for k in ("param_norm", "update_norm")} | learning_rates(optim, step) | figures
+        self._append(step, line)
+        say(
+            f"step {step}  loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  "
+            f"{line['images_per_second']:.3g} images/s  waiting for data {line['data_wait']:.1%}"
+        )
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """One more line of `step` with what an evaluator returned; none if that is nothing."""
+        if figures:
+            self._append(step, {k: _finite(v) for k, v in figures.items()})
+            say(f"step {step}  " + "  ".join(f"{name.replace('_', ' ')} {x:.4g}" for name, x in figures.items()))
+
+    def _append(self, step: int, line: dict[str, Any]) -> None:
+        if self._write:
+            with disk_errors(self._workdir):
+                self._file.append((json.dumps(dict(step=step) | line) + "\n").encode())
+                self._board.write(step, {k: v for k, v in line.items() if v is not None})
+
+
+class GrowingFile:
+    """A file that starts with `content` and grows by whole records.
+
+    Objects in a bucket cannot grow: there all of it is written anew for each record. Ten thousand lines of metrics are 5 MB, little
+    beside the steps between two of them. A full disk is an `OSError` of the call, not of a thread.
+    """
+
+    def __init__(self, path: epath.Path, content: bytes = b""):
+        self._path = path
+        self._content = content if is_bucket(path) else None
+        write_whole(path, content)
+        if self._content is None:
+            self._file = open(path, "ab")
+
+    def append(self, record: bytes) -> None:
+        """Adds a record; it can be read by others when this returns."""
+        if self._content is not None:
+            self._content += record
+            self._path.write_bytes(self._content)
+        else:
+            self._file.write(record)
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._content is None:
+            self._file.close()
+
+
+class Board:
+    """TensorBoard events in `folder`; those of step `start` and later, of before a kill, are marked as void.
+
+    The records are framed here: tensorboardX would write them in a thread, and into a bucket through a library of its own.
+    """
+
+    def __init__(self, folder: epath.Path, start: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = GrowingFile(folder / name)
+        self._event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._event(Event(wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Scalars of `step` by name."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self._event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _event(self, event: Any) -> None:
+        """A TFRecord: length, its checksum, data, their checksum."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", masked_crc32c(x)) for x in (length, data)]
+        self._file.append(length + checksums[0] + data + checksums[1])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def _whole_lines(path: epath.Path) -> list[str]:
+    """The lines of a file that are whole JSON; a kill may have cut the last one."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    whole = []
+    for line in lines:
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        whole.append(line)
+    return whole

@@ -1,0 +1,87 @@
+"""What training changes: parameters, their average, the optimizer's state, and where each array lies on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dynaip_jax.adapters.dynaip import init_adapter_params
+from dynaip_jax.families.base import Matrices
+from dynaip_jax.runtime.sharding import shardings
+from train.config import OptimConfig, TrainConfig
+from train.optim import optimizer
+
+if TYPE_CHECKING:
+    from train.step import Recipe
+
+
+class TrainState(NamedTuple):
+    """All that changes in training. `params` has "adapter", "transformer" or both, float32; `ema` its average."""
+
+    step: jax.Array  # int32, steps done
+    params: dict[str, Any]
+    ema: dict[str, Any]
+    opt_state: Any
+
+
+def init_state(optim: OptimConfig, params: dict[str, Any], matrices: Sequence[Matrices] = ()) -> TrainState:
+    """The state before the first step; `matrices`: see `optimizer`."""
+    opt_state = optimizer(optim, matrices).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
+
+
+def updated(optim: OptimConfig, state: TrainState, grads: Any, matrices: Sequence[Matrices] = ()) -> TrainState:
+    """The state after one optimizer step along `grads`; `matrices`: see `optimizer`.
+
+    The average is written out: `optax.incremental_update` multiplies the old one by 1 - (1 - decay), which for a decay below a
+    half, as in the first steps, is another float32 number.
+    """
+    updates, opt_state = optimizer(optim, matrices).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    done = state.step.astype(jnp.float32)
+    decay = jnp.minimum(optim.ema, (1 + done) / (10 + done))
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    return TrainState(state.step + 1, params, ema, opt_state)
+
+
+def fresh_params(config: TrainConfig, recipe: Recipe, *, boxed: bool = False) -> dict[str, Any]:
+    """Fresh trained parameters, float32; `boxed` leaves each in the box that holds its logical axis names."""
+    adapter_key, base_key = jax.random.split(jax.random.key(config.seed))
+    params = {}
+    if recipe.adapter is not None:
+        params["adapter"] = init_adapter_params(recipe.adapter, adapter_key, recipe.adapter_compute, boxed=boxed)
+    if config.trainable != "adapter":
+        params["transformer"] = recipe.family.fresh(recipe.family.init_params("transformer", base_key, boxed=boxed))
+    return params
+
+
+def state_shardings(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies."""
+    boxed = jax.eval_shape(lambda: init_state(config.optim, fresh_params(config, recipe, boxed=True), recipe.matrices))
+    return shardings(boxed, mesh)
+
+
+def abstract_state(config: TrainConfig, recipe: Recipe, places: Any) -> TrainState:
+    """Shapes and dtypes of the state, with the shardings `places`: a tree of them, or one for all."""
+    shapes = jax.eval_shape(lambda: init_state(config.optim, fresh_params(config, recipe), recipe.matrices))
+    if not isinstance(places, TrainState):
+        places = jax.tree.map(lambda _: places, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def fresh_state(config: TrainConfig, recipe: Recipe, places: TrainState, base: Any = None) -> TrainState:
+    """The state before the first step, made sharded: no parameter is ever whole on one device. `base`: the transformer to start
+    from, in place of a fresh one."""
+    state = jax.jit(
+        lambda: init_state(config.optim, fresh_params(config, recipe), recipe.matrices), out_shardings=places
+    )()
+    if base is None:
+        return state
+    return state._replace(
+        params=state.params | dict(transformer=base), ema=state.ema | dict(transformer=jax.tree.map(jnp.copy, base))
+    )

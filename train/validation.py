@@ -1,0 +1,51 @@
+"""The loss on held-out rows: always the same rows, noise and times, so that two values differ by the weights alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from dynaip_jax.data.loader import make_loader
+from dynaip_jax.runtime.sharding import batch_positions
+from train.state import TrainState
+from train.step import loss
+
+if TYPE_CHECKING:
+    from train.assemble import Run
+
+
+class Validation:
+    """Mean loss of the averaged weights over the first batches of `config.validation.path`, without augmentation or drops.
+
+    The pictures stay in the host's memory; they are encoded anew each time, so that they take none of the devices'.
+    """
+
+    def __init__(self, run: Run):
+        config = run.config
+        self._run, self._rows = run, config.batch // config.accumulate
+        data = dataclasses.replace(
+            config.data, path=config.validation.path, features="", workers=0, crop_reference=1.0, flip_reference=0.0,
+            flip_target=0.0, drop_image=0.0, drop_text=0.0, drop_both=0.0,
+        )  # fmt: skip
+        positions = batch_positions(run.mesh, self._rows)
+        loader = make_loader(data, run.tokenizers, global_batch=self._rows, positions=positions)
+        with contextlib.closing(loader):
+            self._batches = [next(loader) for _ in range(config.validation.batches)]
+        self._recipe = dataclasses.replace(run.recipe, random_granularity=0.0, fixed_noise=False)
+        self._loss = jax.jit(lambda recipe, params, features: loss(recipe, params, features)[0], static_argnums=0)
+
+    def __call__(self, step: int, state: TrainState) -> dict[str, float]:
+        """`validation_loss`."""
+        run = self._run
+        features_fn, _ = run.programs
+        losses = []
+        for number, local in enumerate(self._batches):
+            batch = run.on_mesh(local, self._rows)
+            with jax.set_mesh(run.mesh):
+                features = features_fn(self._recipe, run.frozen, batch, jnp.int32(number))
+                losses.append(float(self._loss(self._recipe, run.base | state.ema, features)))
+        return dict(validation_loss=sum(losses) / len(losses))
