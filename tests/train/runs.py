@@ -134,4 +134,4 @@ def refused(trainer, argv, *found, **options):
     status, lines = trainer(argv, **options)
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     for text in found:
-        assert text in lines[0]
+        assert text in lines[0], lines[0]

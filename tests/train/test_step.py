@@ -70,7 +70,7 @@ def test_loss_is_the_flow_matching_error_of_the_base(setup):
     _, metrics = STEP(recipe, state, frozen, f)
     t, noise = np.asarray(f.t), np.asarray(f.noise)
     x = (1 - t)[:, None, None, None] * f.latents + t[:, None, None, None] * noise
-    from dynaip_jax.layers.attention import image_ids, pack_latents
+    from dynaip_jax.layers.packing import image_ids, pack_latents
 
     velocity = recipe.family.module("transformer").apply(
         {"params": frozen["transformer"]}, pack_latents(x), image_ids(8, 8), f.states, jnp.zeros((1, 6, 3)), t, f.pooled,
