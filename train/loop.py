@@ -54,9 +54,9 @@ def loop(run: Run, state: TrainState, start: int, metrics: Metrics, profile: Pro
     meter = Meter(run)
     running = checkpoints.mean_loss(start) if start else math.nan  # of the loss, for choosing the best checkpoint
     unread = None
+    profile.after(start, state)
 
     for step, (features, rows) in enumerate(features_from(run, start, meter), start + 1):
-        profile.before(step)
         with jax.set_mesh(run.mesh):
             state, values = step_fn(run.recipe, state, run.base, features)
         if step == start + 1:

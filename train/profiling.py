@@ -27,15 +27,14 @@ class Profile:
     def __exit__(self, *error: object) -> None:
         self._write()
 
-    def before(self, step: int) -> None:
-        """To be called before a step is started."""
-        if self._config.steps and step == self._config.start:
+    def after(self, step: int, values: Any) -> None:
+        """To be called once a step is started, and before the first; `values`: arrays that the step makes, waited for where a trace
+        begins or ends."""
+        if self._config.steps and step == self._config.start - 1:
+            jax.block_until_ready(values)
             self._disk = tempfile.TemporaryDirectory()
             jax.profiler.start_trace(self._disk.name)
-
-    def after(self, step: int, values: Any) -> None:
-        """To be called once a step is started, with arrays that it makes."""
-        if self._disk is not None and step >= self._config.start + self._config.steps - 1:
+        if self._disk is not None and step == self._config.start + self._config.steps - 1:
             jax.block_until_ready(values)
             self._write()
 

@@ -26,8 +26,8 @@ def test_steps_are_traced_from_the_first_to_the_last_or_the_end_of_the_run(tmp_p
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: running.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", running.clear)
     with Profile(ProfileConfig(start=3, steps=2), tmp_path) as profile:
+        profile.after(0, ())
         for step in range(1, last + 1):
-            profile.before(step)
             if running:
                 seen.append(step)
             profile.after(step, ())
