@@ -13,7 +13,7 @@ import numpy as np
 
 from train.checkpoint import Checkpoints
 from train.config import OptimConfig
-from train.step import TrainState, init_state, updated
+from train.state import TrainState, init_state, updated
 
 Figures = dict[str, jax.Array]
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Figures]]  # (params, batch, key) -> (loss, figures to print)
