@@ -11,7 +11,7 @@ from dynaip_jax.version import __version__
 
 if TYPE_CHECKING:
     from dynaip_jax.errors import UserError
-    from dynaip_jax.images.files import read_settings
+    from dynaip_jax.images import read_settings
     from dynaip_jax.sampling.options import SampleOptions
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
 
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
 
             return UserError
         case "read_settings":
-            from dynaip_jax.images.files import read_settings
+            from dynaip_jax.images import read_settings
 
             return read_settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

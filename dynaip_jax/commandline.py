@@ -1,20 +1,206 @@
-"""What every command shares: its frame, and how errors name options there."""
+"""What every command shares: its arguments, its frame, and how errors name options there. tyro reads the words of a command; it
+is imported when it is needed, so that --version and a list of commands answer at once."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import dataclasses
+import inspect
+import io
+import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Required,
+    TypedDict,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from dynaip_jax.errors import UserError
 
+T = TypeVar("T")
+Main = Callable[[Sequence[str]], int | None]
+WIDTH = "100000"  # columns of what tyro complains of, so that it breaks no word
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s: one line, no usage text."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+def argument(
+    doc: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    usual: Any = None,
+    unit: str = "",
+    group: str = "",
+    repeat: bool = False,
+) -> Any:
+    """A field of a command's arguments, which are a dataclass: what help says of it; required if it has no `default`.
+
+    `usual`: what the default None stands for; `unit`: what a value is called; `group`: the heading in help; `repeat`: the flag
+    takes one value and may be given several times, where a tuple takes several values at once.
+    """
+    meta = dict(doc=doc, usual=usual, unit=unit, group=group, repeat=repeat)
+    return dataclasses.field(default=default, kw_only=True, metadata=meta)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None, prog: str, examples: str = "") -> T:
+    """The arguments in `argv`. Raises `UserError` for words that do not fit; --help prints and exits."""
+    arguments, unknown = parse_known(cls, argv, prog, examples, others=False)
+    assert not unknown
+    return arguments
+
+
+def parse_known(
+    cls: type[T], argv: Sequence[str] | None, prog: str, examples: str = "", *, others: bool = True
+) -> tuple[T, list[str]]:
+    """The arguments in `argv`, and the words that are none of them (`others`: whether there may be any)."""
+    from tyro import conf
+
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        groups = run_tyro(
+            _tyro_type(cls),
+            words,
+            see=prog,
+            prog=prog,
+            description=inspect.cleandoc(cls.__doc__ or ""),
+            config=(conf.OmitArgPrefixes,),
+            return_unknown_args=others,
+        )
+    except SystemExit:  # --help
+        print(examples, end="")
+        raise
+    groups, unknown = groups if others else (groups, [])
+    given = {name: value for group in groups.values() for name, value in group.items()}
+    return _filled(cls, given, prog), unknown
+
+
+def _filled(cls: type[T], given: dict[str, Any], prog: str) -> T:
+    """The arguments that are given, and defaults. Raises `UserError` if there is none where one is the least."""
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.default is False:
+            given[f.name] = bool(given[f.name])  # tyro counts it
+        elif given.get(f.name) == () and (f.default is dataclasses.MISSING or not f.metadata["repeat"]):
+            raise UserError(f"`{f.name}`: no value given; expected at least one; see {prog} --help")
+    return cls(**given)
+
+
+def run_tyro(kind: Any, words: Sequence[str], *, see: str, **options: Any) -> Any:
+    """`tyro.cli(kind, args=words, **options)`; what it complains of is a `UserError` of one line that ends in "see SEE --help"."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), _wide_unless({"-h", "--help"} & set(words)):
+            return tyro.cli(kind, args=words, **options)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise UserError(f"{_one_line(complaint.getvalue())}; see {see} --help") from e
+
+
+@contextlib.contextmanager
+def _wide_unless(narrow: object) -> Iterator[None]:
+    """A terminal of many columns, for what is not shown as it is laid out."""
+    before = os.environ.get("COLUMNS")
+    if not narrow:
+        os.environ["COLUMNS"] = WIDTH
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["COLUMNS"] = before
+        elif not narrow:
+            del os.environ["COLUMNS"]
+
+
+def _one_line(box: str) -> str:
+    """The first paragraph of a box that tyro draws around a complaint: what stands between its title's rule and the next one."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ") for line in box.splitlines()]
+    rules = [n for n, line in enumerate(lines) if re.match(r"[╭╰─]|-{3,}$", line)] + [len(lines)] * 2
+    text = " ".join(" ".join(lines[rules[0] + 1 : rules[1]]).split()).rstrip(".")
+    choice = re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text)
+    if choice is None:
+        return text
+    value, option, allowed = choice.groups()
+    return f"{option}: invalid choice: {value} (choose from {allowed.rstrip(',')})"
+
+
+def _tyro_type(cls: type) -> type:
+    """`cls` as tyro reads it: a dictionary of those arguments that are given, in another dictionary for each group.
+
+    Each has its help beside it, so that tyro does not look for comments in source files.
+    """
+    from tyro import conf
+
+    hints = get_type_hints(cls)
+    groups: dict[str, dict[str, Any]] = {}
+    for f in dataclasses.fields(cls):
+        hint, meta = _without_none(hints[f.name]), f.metadata
+        required = f.default is dataclasses.MISSING
+        marks: list[Any] = [
+            conf.arg(
+                help=meta["doc"],
+                metavar=None if get_origin(hint) is Literal else meta["unit"] or None,
+                help_behavior_hint="(required)" if required else _default_hint(f.default, meta["usual"]),
+            )
+        ]
+        if meta["repeat"]:
+            marks.append(conf.UseAppendAction)
+        if f.default is False:  # a flag without a --no- twin: tyro counts it
+            hint, marks = int, [*marks, conf.UseCounterAction]
+        annotated: Any = Annotated[(hint, *marks)]  # type: ignore
+        always = required or meta["repeat"] or f.default is False  # tyro gives a value: (), 0 if there is none
+        groups.setdefault(meta["group"], {})[f.name] = Required[annotated] if always else annotated
+    made = {
+        name or "arguments": Annotated[TypedDict(name, fields, total=False), conf.arg(name=name, help="")]  # type: ignore
+        for name, fields in groups.items()
+    }
+    return TypedDict(cls.__name__, made)  # type: ignore
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` of `X | None`."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) and len(kinds) == 1 else hint
+
+
+def _default_hint(default: Any, usual: Any) -> str:
+    """What help says of a default; nothing where there is nothing to say."""
+    shown = usual if default is None else default
+    if shown is None or shown is False or shown == ():
+        return ""
+    return f"(default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
+
+
+class Command(NamedTuple):
+    """One of several that a word chooses: its function, a line of help, and options whose flag is not `flag(option)`."""
+
+    main: Main
+    doc: str
+    flags: Mapping[str, str] = {}
+
+
+def choose(prog: str, doc: str, commands: Mapping[str, Command], argv: Sequence[str], examples: str = "") -> int:
+    """Runs the command that `argv` begins with. Raises `UserError` if there is no such."""
+    name, *rest = argv or [""]
+    if name in ("-h", "--help"):
+        width = max(map(len, commands))
+        lines = "\n".join(f"  {word:{width}}  {command.doc}" for word, command in commands.items())
+        print(f"usage: {prog} [--help] COMMAND ...\n\n{doc}\n\ncommands:\n{lines}")
+        print(f"\n{prog} COMMAND --help says more.\n{examples}", end="")
+        return 0
+    if name not in commands:
+        given = f"{name}: no such command" if name else "no command given"
+        raise UserError(f"{given}; expected one of {', '.join(commands)}; see {prog} --help")
+    return run_cli(commands[name].main, rest, commands[name].flags)
 
 
 def flag(field: str) -> str:
@@ -22,17 +208,13 @@ def flag(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def run_cli(
-    main: Callable[[Sequence[str] | None], int | None],
-    argv: Sequence[str] | None = None,
-    flags: Mapping[str, str] | None = None,
-) -> int:
-    """Runs `main(argv)`; a `UserError` becomes one line on stderr and status 2, Ctrl-C status 130.
+def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, str] | None = None) -> int:
+    """Runs `main` with the words of the command line; a `UserError` becomes one line on stderr and status 2, Ctrl-C status 130.
 
     `flags`: options whose flag is not `flag(option)`.
     """
     try:
-        return main(argv) or 0
+        return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         print(f"error: {e.told(lambda field: (flags or {}).get(field) or flag(field))}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import dynaip_jax
 
 def test_names_are_those_of_their_modules():
     from dynaip_jax.errors import UserError
-    from dynaip_jax.images.files import read_settings
+    from dynaip_jax.images import read_settings
     from dynaip_jax.sampling.options import SampleOptions
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
 

@@ -86,7 +86,7 @@ class Tokenizers:
             pattern = r"\s+".join(map(re.escape, phrases[s].split()))
             places = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE) if pattern]
             free = [(a, b) for a, b in places if all(b <= start or end <= a for start, end in taken)]
-            option = f"`words` {phrases[s]!r}"
+            option = f"`words`, subject {s + 1}: its words {phrases[s]!r}"
             if not places:
                 raise UserError(f"{option} are not in the prompt; expected words that stand in it; change either")
             if not free:

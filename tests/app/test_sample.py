@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,14 +13,6 @@ from safetensors.numpy import load_file, save_file
 from dynaip_jax.images.files import read_settings
 
 SMALL = ("--steps", 2, "--height", 32, "--width", 32)
-
-
-def test_help_is_quick_and_loads_nothing_heavy():
-    command = [sys.executable, "-X", "importtime", "-m", "dynaip_jax.app.main", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "examples:" in result.stdout
-    for heavy in ("jax", "numpy", "transformers", "orbax"):
-        assert not any(line.endswith(f" {heavy}") for line in result.stderr.splitlines())
 
 
 def test_several_images_have_settings_and_a_grid(dynaip, tiny, photograph, tmp_path):

@@ -1,0 +1,112 @@
+"""What commands share: arguments as a dataclass, complaints of one line, flags in place of options' names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from dynaip_jax.commandline import argument, parse, parse_known, run_cli, run_tyro
+from dynaip_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Packs boxes."""
+
+    box: Path = argument("where to", unit="BOX")
+    item: tuple[str, ...] = argument("what", unit="ITEM", repeat=True)
+    tag: tuple[str, ...] = argument("more", default=(), unit="TAG", repeat=True, group="label")
+    colours: tuple[Literal["red", "blue"], ...] = argument("of the box", default=("red",), group="label")
+    count: int | None = argument("how many", default=None, usual="all", unit="N")
+    size: tuple[float, float, float] | None = argument("of the box", default=None, unit="X Y Z")
+    wrap_up: bool = argument("in paper", default=False)
+
+
+NEEDED = ("--box", "b", "--item", "a")
+
+
+def test_values_and_defaults():
+    assert parse(Arguments, NEEDED, "pack") == Arguments(box=Path("b"), item=("a",))
+    words = "--item=c --tag t --wrap-up --wrap-up --colours blue red --count 1 --count 2 --size 1 -2 .5".split()
+    assert parse(Arguments, [*NEEDED, *words], "pack") == Arguments(
+        box=Path("b"),
+        item=("a", "c"),
+        tag=("t",),
+        colours=("blue", "red"),
+        count=2,
+        size=(1.0, -2.0, 0.5),
+        wrap_up=True,
+    )
+
+
+def test_other_words_are_handed_on_in_order():
+    words = ["--data.clip_size", "3", *NEEDED, "--data.path", "-1", "--fields", "x"]
+    assert parse_known(Arguments, words, "pack")[1] == ["--data.clip_size", "3", "--data.path", "-1", "--fields", "x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    (
+        ("--box b", "`item`: no value given; expected at least one; see pack --help"),
+        ("--item a", "Missing from pack: --box BOX where to (required); see pack --help"),
+        ("--box b --item a --colours", "`colours`: no value given; expected at least one; see pack --help"),
+        ("--box b --item a --colours red green", "--colours: invalid choice: green (choose from 'red', 'blue'); see pack --help"),
+        ("--box b --item a --count x", "Error parsing --count: invalid literal for int() with base 10: 'x'; see pack --help"),
+        ("--box b --item a --count None", "Error parsing --count: invalid literal for int() with base 10: 'None'; see pack --help"),
+        ("--box b --item a --size 1 2", "Missing value for argument '--size'. Expected 3 values; see pack --help"),
+        ("--box b --item a --no-wrap-up", "Unrecognized options: --no-wrap-up; see pack --help"),
+        (f"--box b --item a {'long/' * 40}", f"Unrecognized options: {'long/' * 40}; see pack --help"),
+    ),
+)  # fmt: skip
+def test_complaints_are_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    with pytest.raises(UserError) as raised:
+        parse(Arguments, words.split(), "pack")
+    assert str(raised.value) == message and capsys.readouterr() == ("", "")
+
+
+def test_help_tells_units_defaults_and_examples(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Arguments, ["--help"], "pack", "\nexamples:\n  pack --box b\n")
+    assert not stopped.value.code
+    lines = [" ".join(line.strip("│| ").split()) for line in capsys.readouterr().out.splitlines()]
+    assert "Packs boxes." in lines and lines[-2:] == ["examples:", "pack --box b"]
+    text = " ".join(lines)
+    assert "--count N how many (default: all)" in text and "--colours" in text and "of the box (default: red)" in text
+    assert (
+        "--size X Y Z of the box" in text
+        and "--wrap-up in paper" in text
+        and "None" not in text
+        and "no-wrap" not in text
+    )
+
+
+def test_help_reads_no_source_files(capsys, monkeypatch):
+    """Python's parser may fail beside another thread."""
+
+    def refuse(*_):
+        raise AssertionError("source is read")
+
+    monkeypatch.setattr("inspect.getsource", refuse)
+    with pytest.raises(SystemExit):
+        parse(Arguments, ["--help"], "pack")
+    with pytest.raises(UserError):
+        parse(Arguments, ["--count", "x"], "pack")
+
+
+def test_errors_name_flags(capsys):
+    def fails(argv):
+        raise UserError("`true_cfg` 3: needs `words`; see `data.path`")
+
+    assert run_cli(fails, [], dict(words="--subject")) == 2
+    assert capsys.readouterr().err == "error: --true-cfg 3: needs --subject; see --data.path\n"
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run_cli(interrupted, []) == 130
+
+
+def test_run_tyro_takes_any_type():
+    assert run_tyro(Arguments, ("--box", "b", "--item", "a", "c"), see="pack").item == ("a", "c")
