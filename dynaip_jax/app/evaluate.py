@@ -26,13 +26,13 @@ class Arguments:
     """CP (is it the same subject?), PF (is it what the prompt says?) and CP·PF on identities and scenes that nobody was trained on,
     for the default settings and their alternatives, with 95 % intervals."""
 
-    model: Path | None = argument(
+    model: str | None = argument(
         "a base model of Shapeland, from python -m train.shapeland",
         default=None,
         usual="the embedded one",
         unit="BUNDLE",
     )
-    adapter: Path | None = argument(
+    adapter: str | None = argument(
         "an adapter for it", default=None, usual="the embedded one, if --model is left out", unit="DIR"
     )
     judge: Path | None = argument("the judge's weights", default=None, usual="the embedded ones", unit="FILE")
@@ -62,7 +62,9 @@ def shapeland(argv: Sequence[str]) -> int:
     from dynaip_jax.shapeland import default, measure, scoring
     from dynaip_jax.storage.tensors import read_tree
 
-    model, adapter, stored = args.model, args.adapter, []
+    model: str | Path | None = args.model
+    adapter: str | Path | None = args.adapter
+    stored = []
     if model is None:
         model, embedded = default.paths()
         stored = [] if adapter else measure.retrained()

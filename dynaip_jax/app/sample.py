@@ -42,10 +42,10 @@ FILES, PICTURE, REFERENCE = "model and file", "picture", "reference"  # headings
 class Arguments:
     """Makes pictures from a prompt and reference pictures. Options left out take the model's own defaults."""
 
-    model: Path | None = argument(
+    model: str | None = argument(
         "converted base model", default=None, usual="the embedded one of Shapeland", unit="BUNDLE", group=FILES
     )
-    adapter: Path | None = argument(
+    adapter: str | None = argument(
         "trained adapter; without it plain text to image", default=None, unit="DIR", group=FILES
     )
     any_base: bool = argument("accept an adapter trained on another base of the same sizes", default=False, group=FILES)
@@ -197,7 +197,8 @@ def _load(args: Arguments, with_references: bool) -> tuple[DynaIPPipeline, dict[
     from dynaip_jax.runtime.sharding import parse_mesh
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
 
-    model, adapter = args.model, args.adapter
+    model: str | Path | None = args.model
+    adapter: str | Path | None = args.adapter
     if model is None:
         from dynaip_jax.shapeland import default
         from dynaip_jax.shapeland.world import caption_words
