@@ -5,15 +5,16 @@ python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vi
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.commandline import argument, parse, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
@@ -21,41 +22,38 @@ from dynaip_jax.storage.folders import reserve, sha256_of
 from tools.convert_torch_weights.registry import LAYOUTS
 from tools.convert_torch_weights.sources import Source, Sources, clip_vision, read
 
+EXAMPLES = """
+examples:
+  python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vit-large-patch14/ --out bundles/flux-dev
+  python -m tools.convert_torch_weights --source FLUX.1-dev/ --source my-finetune.safetensors --out bundles/mine
+  python -m tools.convert_torch_weights --source FLUX.1-dev/ --out bundles/flux-dev --dry-run
+"""
 STAGING_FROM = 1 << 26  # leaves of at least so many bytes are built on disk, not in memory
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """Converts PyTorch checkpoints (safetensors) into a dynaip_jax bundle."""
+
+    source: tuple[Path, ...] = argument(
+        "a diffusers folder, or a BFL or diffusers single file of the transformer or the VAE; may be repeated: a later source "
+        "replaces the same component of an earlier one",
+        unit="DIR_OR_FILE",
+        repeat=True,
+    )
+    clip_vision: Path | None = argument("a transformers CLIP folder, for reference images", default=None, unit="DIR")
+    out: Path = argument("the folder to write", unit="BUNDLE")
+    dtype: Literal["keep", "float32", "bfloat16"] = argument("of the weights written", default="keep")
+    t5_length: int | None = argument("T5 tokens a prompt", default=None, usual="512 dev, 256 schnell", unit="N")
+    dry_run: bool = argument("check every name and shape, write nothing", default=False)
+    overwrite: bool = argument("replace an existing bundle", default=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m tools.convert_torch_weights",
-        description="Converts PyTorch checkpoints (safetensors) into a dynaip_jax bundle.",
-        epilog="""examples:
-  python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vit-large-patch14/ --out bundles/flux-dev
-  python -m tools.convert_torch_weights --source FLUX.1-dev/ --source my-finetune.safetensors --out bundles/mine
-  python -m tools.convert_torch_weights --source FLUX.1-dev/ --out bundles/flux-dev --dry-run""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--source",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="DIR_OR_FILE",
-        help="a diffusers folder, or a BFL or diffusers single file of the transformer or the VAE; may be repeated: "
-        "a later source replaces the same component of an earlier one",
-    )
-    parser.add_argument(
-        "--clip-vision", type=Path, metavar="DIR", help="a transformers CLIP folder, for reference images"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the folder to write")
-    parser.add_argument(
-        "--dtype", choices=("keep", "float32", "bfloat16"), default="keep", help="of the weights written"
-    )
-    parser.add_argument("--t5-length", type=int, metavar="N", help="T5 tokens a prompt (default: 512 dev, 256 schnell)")
-    parser.add_argument("--dry-run", action="store_true", help="check every name and shape, write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    args = parser.parse_args(argv)
+    """Checks all sources, then writes the bundle."""
+    args = parse(Arguments, argv, "python -m tools.convert_torch_weights", EXAMPLES)
     if args.t5_length is not None and args.t5_length < 1:
-        raise UserError(f"--t5-length {args.t5_length}: expected at least 1")
+        raise UserError(f"`t5_length` {args.t5_length}: expected at least 1")
 
     convert(args.source, args.clip_vision, args.out, args.dtype, args.t5_length, args.dry_run, args.overwrite)
     return 0
