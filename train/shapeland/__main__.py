@@ -9,35 +9,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.commandline import argument, parse, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.compiling import keep_compiled
 from train.shapeland.stages import EXTRA, KEPT, STAGES, run_stage
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """Trains all models of Shapeland from nothing, stage by stage; run again to resume."""
+
+    workdir: Path = argument("where all files go", unit="DIR")
+    stages: tuple[str, ...] | None = argument(
+        f"only these: {', '.join(STAGES)}; or {', '.join(EXTRA)}, which runs only when named",
+        default=None,
+        unit="STAGE [STAGE ...]",
+    )
+    go_on: bool = argument(
+        "start from the models in the package: train base and judge further, T5 and adapter anew, keep the rest",
+        default=False,
+    )
+    seed: int = argument("of worlds, weights and order", default=0, unit="N")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the stages that `argv` asks for. Raises `UserError` for those that `--go-on` keeps."""
-    parser = Parser(
-        prog="python -m train.shapeland",
-        description="Trains all models of Shapeland from nothing, stage by stage; run again to resume.",
-    )
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where all files go")
-    parser.add_argument(
-        "--stages",
-        nargs="+",
-        choices=[*STAGES, *EXTRA],
-        metavar="STAGE",
-        help=f"only these: {', '.join(STAGES)}; or {', '.join(EXTRA)}, which runs only when named",
-    )
-    parser.add_argument(
-        "--go-on",
-        action="store_true",
-        help="start from the models in the package: train base and judge further, T5 and adapter anew, keep the rest",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of worlds, weights and order (default 0)")
-    args = parser.parse_args(argv)
+    """Runs the stages that `argv` asks for. Raises `UserError` for those that there are not, or that `--go-on` keeps."""
+    args = parse(Arguments, argv, "python -m train.shapeland")
+    if unknown := [name for name in args.stages or () if name not in STAGES | EXTRA]:
+        raise UserError(f"--stages {unknown[0]}: no such stage; expected some of {', '.join(STAGES | EXTRA)}")
     usual = KEPT if args.go_on else STAGES
     stages = usual | EXTRA
     for name in args.stages or usual:
