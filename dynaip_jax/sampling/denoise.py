@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ def generate(
     step."""
     family, steps = parts.family, options.steps
     assert steps is not None, "options are filled first"
+    if options.merge is not None:
+        family = family.with_injection(dataclasses.replace(family.injection, merge=options.merge))
     times = family.times(steps, family.tokens(noise.shape))
     with on_mesh(parts.mesh), progress.watching(watcher) as ticket:
         args = (jnp.asarray(noise), conditions.text, conditions.image_prompt, jnp.asarray(times))

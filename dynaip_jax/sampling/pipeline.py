@@ -179,25 +179,14 @@ class DynaIPPipeline:
         start, seeds = initial_noise(noise, given, latent)
         each = len(start)
         notes = self._cut(prompts, used.negative_prompt)
-        family = self.family
         if used.merge is None and self.adapter is not None:
             used = changed(used, dict(merge=self.adapter[0].merge))
-        if used.merge is not None:
-            family = family.with_injection(dataclasses.replace(family.injection, merge=used.merge))
-
-        image_prompt, routing = None, None
-        if subjects.references:
-            where = places(family, self.tokenizers, prompts, each, subjects, mode, _size(used))
-            size = family.config("clip_vision").image_size
-            pixels = reference_pixels(subjects.references, size, used.fit)[None]
-            image_prompt, weights = self.image_prompt(pixels, **adapter_options(used, **where))
-            routing = np.asarray(weights[0]).reshape(len(subjects.references), -1, 3).mean(axis=1)
+        image_prompt, routing = self._image_prompt(subjects, mode, used, prompts, each)
         conditions = Conditions(self._text(prompts, used.negative_prompt, each), image_prompt)
-
         noises = np.concatenate([start] * len(prompts))
         with progress_.bar(used.steps or 0, progress is True) as bar:
             watcher = progress if callable(progress) else bar
-            made = generate(self.parts._replace(family=family), conditions, noises, used, watcher)
+            made = generate(self.parts, conditions, noises, used, watcher)
         pictures = np.asarray(made.pictures)
         if not np.isfinite(pictures).all():
             self._blame_nan()
@@ -225,6 +214,18 @@ class DynaIPPipeline:
         options = {k: None if v is None else jnp.asarray(v, jnp.float32) for k, v in options.items()}
         with on_mesh(self.mesh):
             return make_image_prompt(self.family, config, self._params["clip_vision"], params, pixels, options)
+
+    def _image_prompt(
+        self, subjects: Subjects, mode: str, used: SampleOptions, prompts: Sequence[str], each: int
+    ) -> tuple[ImagePrompt | None, np.ndarray | None]:
+        """The image prompt of `each` pictures of each prompt, and the routing weights `[s, 3]`; None without references."""
+        if not subjects.references:
+            return None, None
+        where = places(self.family, self.tokenizers, prompts, each, subjects, mode, _size(used))
+        size = self.family.config("clip_vision").image_size
+        pixels = reference_pixels(subjects.references, size, used.fit)[None]
+        image_prompt, weights = self.image_prompt(pixels, **adapter_options(used, **where))
+        return image_prompt, np.asarray(weights[0]).reshape(len(subjects.references), -1, 3).mean(axis=1)
 
     def _check(self, subjects: Subjects, options: SampleOptions) -> str:
         """Where subjects may appear. Raises `UserError` for references without adapter, the reverse, and what does not fit them."""

@@ -5,7 +5,6 @@ Axis letters: n cases, b cases of a batch, s subjects, H, W pixels.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -61,13 +60,11 @@ def _sample(pipe: DynaIPPipeline, cases: Cases, setting: Setting, seed: int, num
         merge=setting.merge,
     ).filled(pipe.defaults, multiple=family.multiple, takes_guidance=family.takes_guidance)
     image_prompt = _image_prompt(pipe, cases, setting, options, numbers) if setting.source == "adapter" else None
-    if setting.merge is not None:
-        family = family.with_injection(dataclasses.replace(family.injection, merge=setting.merge))
     prompts = [caption(cases.scenes[n]) for n in numbers]
     negative = [] if options.negative_prompt is None else [options.negative_prompt] * len(prompts)
     conditions = Conditions(pipe.encode_text(prompts + negative), image_prompt)
     latents = noise(seed, numbers, family.latent(SIZE, SIZE))
-    return images.to_uint8(generate(pipe.parts._replace(family=family), conditions, latents, options).pictures)
+    return images.to_uint8(generate(pipe.parts, conditions, latents, options).pictures)
 
 
 def _image_prompt(

@@ -22,7 +22,7 @@ def layout_of(names: Iterable[str]) -> str:
             return layout
     raise UserError(
         f"vae: neither BFL's tensor names (encoder.down.*) nor diffusers' (encoder.down_blocks.*) among {names[:8]}; "
-        "expected a FLUX.1 autoencoder"
+        "expected an autoencoder without quantisation, of 16 latent channels"
     )
 
 
@@ -161,8 +161,6 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
             z_channels=shapes["decoder.conv_in.weight"][1],
         )
     except KeyError as e:
-        raise UserError(
-            f"vae: tensor {e.args[0]} is missing; expected a whole FLUX.1 autoencoder in BFL's layout"
-        ) from e
+        raise UserError(f"vae: tensor {e.args[0]} is missing; expected a whole autoencoder in BFL's layout") from e
     except ValueError as e:
         raise UserError(f"vae: not FLUX.1's autoencoder: {e}; expected BFL's ae.safetensors") from e
