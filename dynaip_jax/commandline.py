@@ -139,7 +139,7 @@ def _one_line(box: str) -> str:
     if choice is None:
         return text
     value, option, allowed = choice.groups()
-    return f"{option}: invalid choice: {value} (choose from {allowed.rstrip(',')})"
+    return re.sub(r"'(\d+)'", r"\1", f"{option}: invalid choice: '{value}' (choose from {allowed.rstrip(',')})")
 
 
 def _tyro_type(cls: type) -> type:

@@ -51,7 +51,7 @@ def test_other_words_are_handed_on_in_order():
         ("--box b", "`item`: no value given; expected at least one; see pack --help"),
         ("--item a", "Missing from pack: --box BOX where to (required); see pack --help"),
         ("--box b --item a --colours", "`colours`: no value given; expected at least one; see pack --help"),
-        ("--box b --item a --colours red green", "--colours: invalid choice: green (choose from 'red', 'blue'); see pack --help"),
+        ("--box b --item a --colours red green", "--colours: invalid choice: 'green' (choose from 'red', 'blue'); see pack --help"),
         ("--box b --item a --count x", "Error parsing --count: invalid literal for int() with base 10: 'x'; see pack --help"),
         ("--box b --item a --count None", "Error parsing --count: invalid literal for int() with base 10: 'None'; see pack --help"),
         ("--box b --item a --size 1 2", "Missing value for argument '--size'. Expected 3 values; see pack --help"),

@@ -65,7 +65,7 @@ def test_outside_a_checkout(plan, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     (
-        (("--job", "play", "--config", "x.py"), "--job: invalid choice: play (choose from 'train', 'sample')"),
+        (("--job", "play", "--config", "x.py"), "--job: invalid choice: 'play' (choose from 'train', 'sample')"),
         ((), "--config FILE"),
     ),
 )
