@@ -3,7 +3,6 @@ is imported when it is needed, so that --version and a list of commands answer a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -18,7 +17,6 @@ from typing import (
     Any,
     Literal,
     NamedTuple,
-    NoReturn,
     Required,
     TypedDict,
     TypeVar,
@@ -32,13 +30,6 @@ from dynaip_jax.errors import UserError
 T = TypeVar("T")
 Main = Callable[[Sequence[str]], int | None]
 WIDTH = "100000"  # columns of what tyro complains of, so that it breaks no word
-
-
-class Parser(argparse.ArgumentParser):
-    """What commands take that are not read by tyro yet: complaints are `UserError`s of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def argument(

@@ -5,17 +5,17 @@ python -m train.cache --config configs/flux_dev_512.py --out caches/512 --bundle
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.commandline import argument, parse_known, run_cli
 from dynaip_jax.data import features
 from dynaip_jax.data.config import Bucket, DataConfig
 from dynaip_jax.data.order import BatchOrder, make_order
@@ -30,32 +30,29 @@ if TYPE_CHECKING:
     from train.assemble import Run
     from train.step import Encoded
 
+EXAMPLES = """
+examples:
+  python -m train.cache --config configs/debug.py --out caches/debug --variants 4
+  python -m train.main --config configs/debug.py --workdir runs/cached --data.features caches/debug
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Caches what the frozen encoders make of a recipe's dataset; train with --data.features OUT and the same options."""
+
+    config: Path = argument("a recipe; its fields can be set as in train.main", unit="FILE")
+    out: Path = argument("the folder to write", unit="DIR")
+    variants: int = argument("augmentations of each picture, used in turn by epochs", default=1, unit="N")
+    overwrite: bool = argument("replace an existing cache", default=False)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m train.cache",
-        description="Caches what the frozen encoders make of a recipe's dataset; train with --data.features OUT and the same options.",
-        epilog="""examples:
-  python -m train.cache --config configs/debug.py --out caches/debug --variants 4
-  python -m train.main --config configs/debug.py --workdir runs/cached --data.features caches/debug""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="a recipe; its fields can be set as in train.main"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument(
-        "--variants",
-        type=int,
-        default=1,
-        metavar="N",
-        help="augmentations of each picture, used in turn by epochs (default 1)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing cache")
-    args, rest = parser.parse_known_args(argv)
-    config = resolve(config_.override(config_.load(args.config), rest))
+    """Writes the cache; prints where it is."""
+    args, words = parse_known(Arguments, argv, "python -m train.cache", EXAMPLES)
+    config = resolve(config_.override(config_.load(args.config), words))
     if args.variants < 1:
-        raise UserError(f"--variants {args.variants}: expected at least 1")
+        raise UserError(f"`variants` {args.variants}: expected at least 1")
     cache(config, args.out, args.variants, overwrite=args.overwrite)
     print(args.out)
     return 0

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dynaip_jax.commandline import run_tyro
 from dynaip_jax.data.config import DataConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.sharding import MeshConfig
@@ -193,18 +190,11 @@ def load(path: Path) -> TrainConfig:
 
 
 def override(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
-    """`config` with the fields that `words` (--any.field value ...) set. Raises `UserError` for a word that does not fit."""
-    import tyro
+    """`config` with the fields that `words` (--any.field value ...) set; --help lists all, with the comments in this file, and exits.
 
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return tyro.cli(
-                TrainConfig, default=config, args=list(words), prog="train.main", config=(tyro.conf.AvoidSubcommands,)
-            )
-    except SystemExit as e:
-        if not e.code:  # --help
-            sys.stdout.write(output.getvalue())
-            raise
-        line = " ".join(re.sub(r"[│╭╮╰╯─]+|\x1b\[[0-9;]*m", " ", output.getvalue()).split())
-        raise UserError(f"{line}; see python -m train.main --config CONFIG --help") from e
+    Raises `UserError` for a word that does not fit.
+    """
+    from tyro import conf
+
+    see = "python -m train.main --config CONFIG"
+    return run_tyro(TrainConfig, words, see=see, default=config, prog="train.main", config=(conf.AvoidSubcommands,))

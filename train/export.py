@@ -5,15 +5,15 @@ python -m train.export --workdir runs/debug --out adapters/debug
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from etils import epath
 
-from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.commandline import argument, parse, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.adapter import write_adapter
 from dynaip_jax.storage.bundle import replace_component
@@ -25,31 +25,31 @@ from train.workdir import read_config
 if TYPE_CHECKING:
     from train.assemble import Run
 
+EXAMPLES = """
+examples:
+  python -m train.export --workdir runs/debug --out adapters/debug
+  python -m train.export --workdir runs/all --step best --out adapters/mine --bundle bundles/mine
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Writes the adapter of a run as a folder for sampling (adapter.json, adapter.safetensors)."""
+
+    workdir: str = argument("of the run", unit="DIR")
+    out: str | None = argument("the adapter folder to write", default=None, unit="ADAPTER")
+    bundle: str | None = argument("if the base was trained too: the bundle to write", default=None, unit="BUNDLE")
+    step: str = argument("which checkpoint", default="last", unit="N|best|last")
+    weights: Literal["ema", "params"] = argument("the average or the last ones", default="ema")
+    dtype: Literal["float32", "bfloat16"] = argument("of the weights on disk", default="float32")
+    overwrite: bool = argument("replace existing folders", default=False)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m train.export",
-        description="Writes the adapter of a run as a folder for sampling (adapter.json, adapter.safetensors).",
-        epilog="""examples:
-  python -m train.export --workdir runs/debug --out adapters/debug
-  python -m train.export --workdir runs/all --step best --out adapters/mine --bundle bundles/mine""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", type=as_path, required=True, metavar="DIR", help="of the run")
-    parser.add_argument("--out", type=as_path, metavar="ADAPTER", help="the adapter folder to write")
-    parser.add_argument(
-        "--bundle", type=as_path, metavar="BUNDLE", help="if the base was trained too: the bundle to write"
-    )
-    parser.add_argument("--step", default="last", metavar="N|best|last", help="which checkpoint (default: last)")
-    parser.add_argument(
-        "--weights", choices=("ema", "params"), default="ema", help="the average or the last ones (default: ema)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights on disk (default: float32)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing folders")
-    args = parser.parse_args(argv)
-    export(args.workdir, args.out, args.bundle, args.step, args.weights, dtype=args.dtype, overwrite=args.overwrite)
+    """Writes what was trained; prints the name of each folder."""
+    args = parse(Arguments, argv, "python -m train.export", EXAMPLES)
+    out, bundle = (None if path is None else as_path(path) for path in (args.out, args.bundle))
+    export(as_path(args.workdir), out, bundle, args.step, args.weights, dtype=args.dtype, overwrite=args.overwrite)
     return 0
 
 

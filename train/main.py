@@ -5,58 +5,61 @@ python -m train.main --config configs/debug.py --workdir runs/debug
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.commandline import argument, parse_known, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.compiling import keep_compiled
 from dynaip_jax.storage.folders import as_path
 from train import config as config_
 from train.photographs import resolve
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m train.main",
-        description="Trains the adapter (or the base) of a recipe; every field of the recipe can be set: --any.field value.",
-        epilog="""examples:
+EXAMPLES = """
+examples:
   python -m train.main --config configs/debug.py --workdir runs/debug
   python -m train.main --config configs/debug.py --workdir runs/debug --resume --steps 600
   python -m train.main --config configs/flux_dev_512.py --workdir runs/512 --bundle bundles/flux-dev \\
       --data.path data/subjects200k --mesh.fsdp 16 --batch 64
-  python -m train.main --config configs/debug.py --fields      every field with its value""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe, such as configs/debug.py")
-    parser.add_argument(
-        "--workdir",
-        type=as_path,
-        metavar="DIR",
-        help="checkpoints, metrics and samples go there; it may be gs://BUCKET/FOLDER",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --workdir, if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in --workdir and start anew")
-    parser.add_argument("--fields", action="store_true", help="list the recipe's fields and exit")
-    args, rest = parser.parse_known_args(argv)
-    config = config_.override(config_.load(args.config), ["--help"] if args.fields else rest)
-    if args.workdir is None:
-        raise UserError("--workdir: not given; expected a folder for the run; pass --workdir runs/NAME")
-    if args.resume and args.overwrite:
-        raise UserError("--resume and --overwrite: they exclude each other; pass one")
+  python -m train.main --config configs/debug.py --fields      every field with its value
+"""
 
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains the adapter (or the base) of a recipe; every field of the recipe can be set: --any.field value."""
+
+    config: Path = argument("a recipe, such as configs/debug.py", unit="FILE")
+    workdir: str | None = argument(
+        "checkpoints, metrics and samples go there; it may be gs://BUCKET/FOLDER", default=None, unit="DIR"
+    )
+    resume: bool = argument("go on with the run in --workdir, if there is one", default=False)
+    overwrite: bool = argument("delete the run in --workdir and start anew", default=False)
+    fields: bool = argument("list the recipe's fields and exit", default=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains."""
+    args, words = parse_known(Arguments, argv, "python -m train.main", EXAMPLES)
+    config = config_.override(config_.load(args.config), ["--help"] if args.fields else words)
+    if args.workdir is None:
+        raise UserError("`workdir`: not given; expected a folder for the run; pass --workdir runs/NAME")
+    if args.resume and args.overwrite:
+        raise UserError("`resume` and `overwrite`: they exclude each other; pass one")
+
+    workdir = as_path(args.workdir)
     with processes(config.distributed):
         config = resolve(config)
 
         from train.loop import train
 
-        train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
+        train(config, workdir, resume=args.resume, overwrite=args.overwrite)
     return 0
 
 

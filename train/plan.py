@@ -5,7 +5,6 @@ python -m train.plan --config configs/flux_dev_1024.py --topology v5e:4x4
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -13,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dynaip_jax.commandline import Parser, run_cli
+from dynaip_jax.app import plan
+from dynaip_jax.commandline import run_cli
 from dynaip_jax.errors import UserError
 from train import config as config_
 from train.config import TrainConfig
@@ -24,19 +24,10 @@ if TYPE_CHECKING:
     from dynaip_jax.planner.jobs import Job
     from train.assemble import Run
 
-EXAMPLES = """examples:
-  dynaip plan --config configs/flux_dev_1024.py --topology v5e:4x4
-      training at 1024 pixels on 16 chips of a TPU v5e
-  dynaip plan --config configs/flux_dev_1024.py --topology v5e:16x16 --mesh data=16,fsdp=16 --batch 256
-      the same on 256 chips; a recipe's fields are set as in train.main
-  dynaip plan --config configs/flux_dev_1024.py --topology v6e:2x2 --job sample
-      one picture on four chips
-"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 if the recipe does not fit."""
-    args, rest = build_parser().parse_known_args(argv)
+    args, words = plan.read(argv)
     if args.topology:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     options: dict[str, Any] = {}
@@ -44,48 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = dict(weights=args.weights, offload_text=args.offload_text)
     elif args.weights != "full" or args.offload_text:
         raise UserError(
-            "--job train: --weights and --offload-text are about sampling; leave them out or add --job sample"
+            "`job` train: `weights` and `offload_text` are about sampling; leave them out or add `job` sample"
         )
     from dynaip_jax.planner import report
     from dynaip_jax.planner.topologies import devices
     from dynaip_jax.runtime.sharding import MeshConfig, make_mesh, parse_mesh
 
-    config = config_.override(config_.load(args.config), rest)
+    config = config_.override(config_.load(args.config), words)
     usual = config.mesh if args.job == "train" else MeshConfig(data=1, fsdp=1, tensor=-1)
     mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else usual, devices(args.topology))
     made = report.make(job(config, mesh, args.job, **options), mesh)
     print(json.dumps(made, indent=1) if args.json else report.text(made))
     return 0 if made["fits"] else 1
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options of `dynaip plan`; all others are fields of the recipe."""
-    parser = Parser(
-        prog="dynaip plan",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Compiles a recipe's real programs, for TPUs on any machine (needs libtpu: pip install 'jax[tpu]'), and prints\n"
-        "memory, exchanges between chips and what the data sheet allows. Exit status 1 if it does not fit. Runs in a checkout.",
-    )
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="a recipe, such as configs/flux_dev_1024.py"
-    )
-    parser.add_argument(
-        "--topology", metavar="NAME", help="of TPUs, such as v5e:4x4 (default: the devices that are here)"
-    )
-    parser.add_argument(
-        "--mesh", metavar="AXES", help="such as data=2,fsdp=8 (default: the recipe's; for sampling tensor=-1)"
-    )
-    parser.add_argument("--job", choices=("train", "sample"), default="train", help="default: train")
-    parser.add_argument(
-        "--weights",
-        choices=("full", "int8", "fp8"),
-        default="full",
-        help="when sampling: see dynaip sample (default: full)",
-    )
-    parser.add_argument("--offload-text", action="store_true", help="when sampling: see dynaip sample")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    return parser
 
 
 def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sampling: Any) -> Job:

@@ -5,22 +5,29 @@ python -m train.prepare --source photos/metadata.jsonl --out data/photos
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from dynaip_jax.commandline import Parser, flag, run_cli
+from dynaip_jax.commandline import argument, flag, parse, run_cli
 from dynaip_jax.data import sources
 from dynaip_jax.data.check import BadRow, Limits, check
 from dynaip_jax.data.records import INDEX, Record, write_dataset
 from dynaip_jax.data.sources import Source
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import AnyPath, as_path, replacing
+
+EXAMPLES = """
+examples:
+  python -m train.prepare --source photos/metadata.jsonl --out data/photos
+  python -m train.prepare --source Subjects200K/ --format subjects200k --min-quality 5 --out data/subjects200k
+  python -m train.prepare --source pictures/ --format folder --out data/pictures --skip-bad
+"""
 
 
 class Prepared(NamedTuple):
@@ -73,17 +80,40 @@ def _checked(source: Source, limits: Limits, jobs: int) -> Iterator[Record | Bad
             yield waiting.popleft().result()
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """Checks pictures and captions and writes them as a dataset (tensorflow-datasets, array_record)."""
+
+    source: Path = argument("the layout's file or folder", unit="PATH")
+    out: str = argument("the folder to write; it may be gs://BUCKET/FOLDER", unit="DIR")
+    format: Literal["manifest", "subjects200k", "folder"] = argument("the layout", default="manifest")
+    min_quality: int | None = argument(
+        "subjects200k: leave out pairs with a quality score below N, from 0 to 5", default=None, usual=0, unit="N"
+    )
+    min_side: int = argument("smaller pictures are bad rows", default=Limits.min_side, unit="PIXELS")
+    max_pixels: int = argument("larger pictures are bad rows", default=Limits.max_pixels, unit="N")
+    shrink: int | None = argument(
+        "reduce pictures whose shorter side is longer to this: photographs of many megapixels are slow to train on",
+        default=None,
+        usual="keep them as they are",
+        unit="PIXELS",
+    )
+    jobs: int = argument("threads that decode", default=os.cpu_count() or 1, unit="N")
+    skip_bad: bool = argument("leave bad rows out, instead of stopping", default=False)
+    overwrite: bool = argument("replace an existing dataset", default=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepares a dataset; prints where it is and how many rows it has."""
-    args = build_parser().parse_args(argv)
+    args = parse(Arguments, argv, "python -m train.prepare", f"\n{sources.__doc__}{EXAMPLES}")
     limits = Limits(args.min_side, args.max_pixels, args.shrink)
     if args.shrink is not None and args.format == "subjects200k":
-        raise UserError(f"--shrink {args.shrink}: expected another --format than subjects200k, whose files are small")
+        raise UserError(f"`shrink` {args.shrink}: expected another `format` than subjects200k, whose files are small")
     if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: expected at least 1")
+        raise UserError(f"`jobs` {args.jobs}: expected at least 1")
     if args.min_quality is not None and (args.format != "subjects200k" or not 0 <= args.min_quality <= 5):
         raise UserError(
-            f"--min-quality {args.min_quality} with --format {args.format}: expected 0 to 5, with --format subjects200k"
+            f"`min_quality` {args.min_quality} with `format` {args.format}: expected 0 to 5, with `format` subjects200k"
         )
 
     match args.format:
@@ -93,61 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = sources.read_subjects200k(args.source, args.min_quality or 0)
         case "folder":
             source = sources.read_folder(args.source)
-    done = prepare(source, args.out, limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
+    done = prepare(source, as_path(args.out), limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
     left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
     print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")
     return 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = Parser(
-        prog="python -m train.prepare",
-        description="Checks pictures and captions and writes them as a dataset (tensorflow-datasets, array_record).",
-        epilog=sources.__doc__
-        + """
-examples:
-  python -m train.prepare --source photos/metadata.jsonl --out data/photos
-  python -m train.prepare --source Subjects200K/ --format subjects200k --min-quality 5 --out data/subjects200k
-  python -m train.prepare --source pictures/ --format folder --out data/pictures --skip-bad""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--source", type=Path, required=True, metavar="PATH", help="the layout's file or folder")
-    parser.add_argument(
-        "--out", type=as_path, required=True, metavar="DIR", help="the folder to write; it may be gs://BUCKET/FOLDER"
-    )
-    parser.add_argument(
-        "--format", choices=("manifest", "subjects200k", "folder"), default="manifest", help="the layout"
-    )
-    parser.add_argument(
-        "--min-quality", type=int, metavar="N",
-        help="subjects200k: leave out pairs with a quality score below N, from 0 to 5 (default: 0)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--min-side",
-        type=int,
-        default=Limits.min_side,
-        metavar="PIXELS",
-        help="smaller pictures are bad rows (%(default)s)",
-    )
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=Limits.max_pixels,
-        metavar="N",
-        help="larger pictures are bad rows (%(default)s)",
-    )
-    parser.add_argument(
-        "--shrink", type=int, metavar="PIXELS",
-        help="reduce pictures whose shorter side is longer to this: photographs of many megapixels are slow to train on "
-        "(default: keep them as they are)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="threads that decode (%(default)s)"
-    )
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, instead of stopping")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    return parser
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Arguments:
     json: bool = argument("print JSON instead of text", default=False)
 
 
-def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
+def read(argv: Sequence[str] | None) -> tuple[Arguments, list[str]]:
     """The arguments, and the words that set fields of the recipe."""
     return parse_known(Arguments, argv, "dynaip plan", EXAMPLES)
 

@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_leaves_nothing(manifest, tmp_path, limit):
     code = (
         "import resource, runpy\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "runpy.run_module('train.prepare', run_name='__main__')"
+        "runpy.run_module('train.prepare', run_name='__main__', alter_sys=True)"
     )
     command = [sys.executable, "-c", code, "--source", manifest, "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
