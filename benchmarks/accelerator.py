@@ -96,84 +96,112 @@ def _median(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def ours(size: Size, repeats: int) -> dict[str, Any]:
-    """Pictures with 0, 1, 2 and 4 subjects, training steps, and a matrix product as the ceiling."""
-    import jax
-    import jax.numpy as jnp
+class Ours:
+    """A model of a size, random, with its adapter, and what is timed of it."""
 
-    from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
-    from dynaip_jax.families.flux import Flux1
-    from dynaip_jax.flow import ScheduleConfig
-    from dynaip_jax.layers.compute import Compute
-    from dynaip_jax.models.clip import CLIPVisionConfig
-    from dynaip_jax.models.flux import FluxConfig
-    from dynaip_jax.planner import flops
-    from dynaip_jax.runtime.layouts import Arranged
-    from dynaip_jax.sampling.denoise import denoising_loop
-    from dynaip_jax.types import TextCondition
-    from train import config as config_
-    from train.state import init_state
-    from train.step import Features, Recipe, train_step
+    def __init__(self, size: Size, repeats: int):
+        import jax
+        import jax.numpy as jnp
 
-    half = jnp.bfloat16
-    half_compute, flux = Compute(dtype=half, param_dtype=half), FluxConfig(**size.flux)
-    configs = (("transformer", flux), ("clip_vision", CLIPVisionConfig.large()))
-    computes = tuple((name, half_compute) for name, _ in configs)
-    family = Flux1(configs, computes, ScheduleConfig(), (("t5_length", size.text),))
-    keys = iter(jax.random.split(jax.random.key(0), 99))
+        from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
+        from dynaip_jax.families.flux import Flux1
+        from dynaip_jax.flow import ScheduleConfig
+        from dynaip_jax.layers.compute import Compute
+        from dynaip_jax.models.clip import CLIPVisionConfig
+        from dynaip_jax.models.flux import FluxConfig
+        from dynaip_jax.types import TextCondition
 
-    def normal(*shape: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape, half)
+        self.size, self.repeats, self.half = size, repeats, jnp.bfloat16
+        self.compute = Compute(dtype=self.half, param_dtype=self.half)
+        flux = FluxConfig(**size.flux)
+        configs = (("transformer", flux), ("clip_vision", CLIPVisionConfig.large()))
+        computes = tuple((name, self.compute) for name, _ in configs)
+        self.family = Flux1(configs, computes, ScheduleConfig(), (("t5_length", size.text),))
+        self.config = DynaIPConfig.for_base(self.family.sites, CLIP_WIDTH, blocks="double")
+        self.keys = iter(jax.random.split(jax.random.key(0), 99))
+        self.params = jax.jit(lambda key: self.family.init_params("transformer", key))(next(self.keys))
+        self.adapter = jax.jit(lambda key: init_adapter_params(self.config, key, self.compute))(next(self.keys))
+        self.text = TextCondition(self.normal(1, size.text, flux.context_in_dim), self.normal(1, flux.vec_in_dim))
 
-    matrix = normal(size.matrix, size.matrix)
-    product = jax.jit(lambda a: a @ a)
-    ceiling = 2 * size.matrix**3 / _median(lambda: product(matrix).block_until_ready(), 10 * repeats)
-    params = jax.jit(lambda key: family.init_params("transformer", key))(next(keys))
-    weights = Arranged(params)
-    kind = DynaIPConfig.for_base(family.sites, CLIP_WIDTH, blocks="double")
-    adapter = jax.jit(lambda key: init_adapter_params(kind, key, half_compute))(next(keys))
-    text = TextCondition(normal(1, size.text, flux.context_in_dim), normal(1, flux.vec_in_dim))
-    noise = normal(1, 16, 2 * size.grid, 2 * size.grid).astype(jnp.float32)
-    tokens = size.grid**2
-    times = jnp.asarray(family.times(size.steps, tokens))
-    bank = jax.jit(lambda p, f: DynaIP(kind, half_compute).apply({"params": p}, f, text_gain=0.0)[0])
+    def normal(self, *shape: int) -> Any:
+        """Random bfloat16."""
+        import jax
 
-    def picture(subjects: int) -> float:
-        features = [normal(1, subjects, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3)]
-        prompt = bank(adapter, features) if subjects else None
+        return jax.random.normal(next(self.keys), shape, self.half)
+
+    def ceiling(self) -> float:
+        """FLOP/s of a large matrix product."""
+        import jax
+
+        matrix, product = self.normal(self.size.matrix, self.size.matrix), jax.jit(lambda a: a @ a)
+        return 2 * self.size.matrix**3 / _median(lambda: product(matrix).block_until_ready(), 10 * self.repeats)
+
+    def pictures(self) -> dict[str, float]:
+        """Seconds of the denoising loop with 0, 1, 2 and 4 subjects."""
+        import jax
+        import jax.numpy as jnp
+
+        from dynaip_jax.adapters.dynaip import DynaIP
+        from dynaip_jax.runtime.layouts import Arranged
+        from dynaip_jax.sampling.denoise import denoising_loop
+
+        size, family, weights = self.size, self.family, Arranged(self.params)
+        noise = self.normal(1, 16, 2 * size.grid, 2 * size.grid).astype(jnp.float32)
+        times = jnp.asarray(family.times(size.steps, size.grid**2))
         options = dict(guidance=jnp.float32(3.5), true_cfg=None, window=jnp.array([0.0, 1.0]))
-        args = (noise, text, prompt, times)
-        return _median(lambda: jax.block_until_ready(weights.run(denoising_loop, family, args, options)), repeats)
+        bank = jax.jit(lambda p, f: DynaIP(self.config, self.compute).apply({"params": p}, f, text_gain=0.0)[0])
 
-    seconds = {f"{s} subject{'s' * (s != 1)}": picture(s) for s in (0, 1, 2, 4)}
-    plain = seconds["0 subjects"]
-    forward = family.forward_flops(tokens, size.text)
+        def seconds(subjects: int) -> float:
+            features = [self.normal(1, subjects, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3)]
+            args = (noise, self.text, bank(self.adapter, features) if subjects else None, times)
+            run = lambda: jax.block_until_ready(weights.run(denoising_loop, family, args, options))  # noqa: E731
+            return _median(run, self.repeats)
 
-    def training(grid: int) -> dict[str, float]:
-        float32_params = Compute(dtype=half)
-        recipe = Recipe(
-            family=family.with_compute("transformer", remat="full"),
-            adapter=kind, adapter_compute=float32_params, optim=config_.OptimConfig(), accumulate=1, guidance=1.0,
-            random_granularity=0.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
+        return {f"{s} subject{'s' * (s != 1)}": seconds(s) for s in (0, 1, 2, 4)}
+
+    def training(self, grid: int, ceiling: float) -> dict[str, float]:
+        """Seconds of a training step on `grid` x `grid` tokens, and its share of the `ceiling`."""
+        import jax
+        import jax.numpy as jnp
+
+        from dynaip_jax.adapters.dynaip import init_adapter_params
+        from dynaip_jax.layers.compute import Compute
+        from dynaip_jax.planner import flops
+        from train import config as config_
+        from train.constants import Constants
+        from train.state import init_state
+        from train.step import Features, train_step
+
+        compute = Compute(dtype=self.half)
+        constants = Constants(
+            family=self.family.with_compute("transformer", remat="full"), adapter=self.config, adapter_compute=compute,
+            optim=config_.OptimConfig(), accumulate=1, guidance=1.0, random_granularity=0.0, time_mean=0.0, time_std=1.0,
+            fixed_noise=False, seed=0,
         )  # fmt: skip
-        latents = normal(1, 16, 2 * grid, 2 * grid)
-        levels = tuple(normal(1, 1, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3))
-        features = Features(latents, latents, jnp.full(1, 0.5), *text, levels, jnp.ones(1))
-        start = jax.jit(
-            lambda key: init_state(recipe.optim, dict(adapter=init_adapter_params(kind, key, float32_params)))
-        )
+        latents = self.normal(1, 16, 2 * grid, 2 * grid)
+        levels = tuple(self.normal(1, 1, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3))
+        features = Features(latents, latents, jnp.full(1, 0.5), *self.text, levels, jnp.ones(1))
+        fresh = lambda key: dict(adapter=init_adapter_params(self.config, key, compute))  # noqa: E731
+        state = jax.jit(lambda key: init_state(constants.optim, fresh(key)))(next(self.keys))
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-        state = start(next(keys))
 
         def once() -> None:
             nonlocal state
-            state, metrics = step(recipe, state, dict(transformer=params), features)
+            state, metrics = step(constants, state, dict(transformer=self.params), features)
             metrics["loss"].block_until_ready()
 
-        spent = _median(once, repeats)
-        work = flops.training_step(family, kind, grid**2, base_trained=False)
+        spent = _median(once, self.repeats)
+        work = flops.training_step(self.family, self.config, grid**2, base_trained=False)
         return dict(step_s=spent, mfu=work / spent / ceiling)
 
+
+def ours(size: Size, repeats: int) -> dict[str, Any]:
+    """Pictures with 0, 1, 2 and 4 subjects, training steps, and a matrix product as the ceiling."""
+    import jax
+
+    model = Ours(size, repeats)
+    ceiling, seconds = model.ceiling(), model.pictures()
+    plain, forward = seconds["0 subjects"], model.family.forward_flops(size.grid**2, size.text)
     return dict(
         device=jax.devices()[0].device_kind,
         versions=dict(jax=jax.__version__, python=platform.python_version()),
@@ -181,7 +209,7 @@ def ours(size: Size, repeats: int) -> dict[str, Any]:
         adapter_overhead={k: v / plain - 1 for k, v in seconds.items() if v is not plain},
         ceiling_flops=ceiling,
         mfu=size.steps * forward / plain / ceiling,
-        training={f"{16 * grid} pixels": training(grid) for grid in size.training},
+        training={f"{16 * grid} pixels": model.training(grid, ceiling) for grid in size.training},
     )
 
 

@@ -31,11 +31,12 @@ from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.flux import FluxConfig
 from train import config as config_
 from train.checkpoint import Checkpoints
+from train.constants import Constants
 from train.loop import train
 from train.metrics import METRICS_FILE
 from train.photographs import prepare_photographs
 from train.state import init_state
-from train.step import Features, Recipe, loss, train_step
+from train.step import Features, loss, train_step
 
 
 def main() -> int:
@@ -66,7 +67,7 @@ def step_overhead(repeats: int) -> dict[str, Any]:
     )
     family = Flux1((("transformer", flux),), (("transformer", Compute()),), ScheduleConfig(), (("t5_length", 64),))
     adapter = DynaIPConfig.for_base(family.sites, 128, hmoe=dict(expert_width=256))
-    recipe = Recipe(
+    constants = Constants(
         family=family, adapter=adapter, adapter_compute=Compute(), optim=config_.OptimConfig(), accumulate=1, guidance=1.0,
         random_granularity=0.0, time_mean=0.0, time_std=1.0, fixed_noise=False, seed=0,
     )  # fmt: skip
@@ -77,15 +78,15 @@ def step_overhead(repeats: int) -> dict[str, Any]:
     latents, noise, t = normal(2, 16, 32, 32), normal(2, 16, 32, 32), sample_times(next(keys), 2, 1.0)
     features = Features(latents, noise, t, normal(2, 64, 256), normal(2, 64), levels, jnp.ones(2))
     params = dict(adapter=init_adapter_params(adapter, next(keys)))
-    bare = jax.jit(lambda p, f: jax.value_and_grad(lambda q: loss(recipe, frozen | q, f)[0])(p))
+    bare = jax.jit(lambda p, f: jax.value_and_grad(lambda q: loss(constants, frozen | q, f)[0])(p))
     step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-    state = init_state(recipe.optim, jax.tree.map(jnp.copy, params))
+    state = init_state(constants.optim, jax.tree.map(jnp.copy, params))
     times: dict[str, list[float]] = dict(bare=[], step=[])
     for n in range(repeats + 1):
         start = time.perf_counter()
         jax.block_until_ready(bare(params, features))
         middle = time.perf_counter()
-        state, _ = step(recipe, state, frozen, features)
+        state, _ = step(constants, state, frozen, features)
         jax.block_until_ready(state)
         if n:
             times["bare"].append(middle - start)

@@ -1,202 +1,18 @@
-"""A run and all that it is made of, each part opened once."""
+"""A run made ready: all that can be wrong is found before its folder is touched."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
-from functools import cached_property
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-from jax.sharding import Mesh
 
-from dynaip_jax.adapters.dynaip import DynaIPConfig
-from dynaip_jax.data.loader import make_loader
-from dynaip_jax.data.records import Dataset
-from dynaip_jax.errors import UserError
-from dynaip_jax.families.base import REFERENCE_ENCODER, Family
-from dynaip_jax.families.registry import family_of, open_bundle
-from dynaip_jax.families.tokenizers import Tokenizers
-from dynaip_jax.layers.compute import Compute
-from dynaip_jax.planner import flops
-from dynaip_jax.runtime.sharding import abstract, batch_positions, batch_sharding, make_mesh
-from dynaip_jax.shapeland import default
-from dynaip_jax.storage.bundle import Bundle
-from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.evaluators import Due, shipped
-from train.state import TrainState, abstract_state, fresh_state, state_shardings
-from train.step import Recipe, jitted
+from train.evaluators import shipped
+from train.run import Run
 from train.stopping import barrier
 from train.workdir import check_workdir, claim_workdir
-
-
-class Run:
-    """A training run. Its parts are opened when they are first asked for, and then stay: the loop needs all of them; caching
-    features, exporting and planning some. Errors of a part (`UserError`) come when it is opened.
-
-    `bundle`, `mesh`: in place of those that the config names.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        workdir: epath.PathLike = "",
-        *,
-        bundle: Bundle | None = None,
-        mesh: Mesh | None = None,
-    ):
-        self.config, self.workdir = config, epath.Path(workdir)
-        self._bundle, self._mesh = bundle, mesh
-        self._close = contextlib.ExitStack()
-
-    def close(self) -> None:
-        """Ends the workers and threads of the parts that have some."""
-        self._close.close()
-
-    # --- what is trained, and on what
-
-    @cached_property
-    def mesh(self) -> Mesh:
-        """All devices of all processes."""
-        return self._mesh or make_mesh(self.config.mesh)
-
-    @cached_property
-    def bundle(self) -> Bundle:
-        """The base model's folder."""
-        return self._bundle or open_bundle(self.config.bundle or default.paths()[0])
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The constants of a training step. The adapter asked for must fit the bundle."""
-        return make_recipe(self.config, self.bundle)
-
-    @cached_property
-    def tokenizers(self) -> Tokenizers:
-        return self.recipe.family.load_tokenizers(self.bundle.path / "tokenizers")
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        """Components that make features and are never trained."""
-        return tuple(name for name, _ in self.recipe.family.configs if name != "transformer")
-
-    @cached_property
-    def encoder_identity(self) -> str:
-        """A digest of the frozen encoders and of what is taken from them: what cached features depend on."""
-        names = [name for name in self.recipe.family.components if name != "transformer"]
-        parts = {name: self.bundle.manifest["components"].get(name) for name in names}
-        levels = None if self.config.trainable == "base" else self.config.adapter.levels
-        facts = dict(parts=parts, levels=levels, text=self.bundle.manifest["text"])
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def flops(self, image_rows: int) -> int:
-        """FLOPs of a training step on one sample of `image_rows` tokens."""
-        recipe, base_trained = self.recipe, self.config.trainable != "adapter"
-        return flops.training_step(recipe.family, recipe.adapter, image_rows, base_trained=base_trained)
-
-    # --- frozen weights
-
-    def abstract(self, name: str) -> Any:
-        """Shapes, dtypes and shardings of a frozen component."""
-        return abstract(self.recipe.family.abstract_params(name, boxed=True), self.mesh)
-
-    def load(self, *names: str) -> dict[str, Any]:
-        """Reads components straight onto the mesh."""
-        return {name: self.bundle.load(name, self.abstract(name)) for name in names}
-
-    @cached_property
-    def frozen(self) -> dict[str, Any]:
-        """Component -> parameters that training reads and does not change, on the mesh."""
-        config = self.config
-        needs_encoders = not config.data.features or config.sample.every or config.validation.every
-        base = ("transformer",) if config.trainable == "adapter" else ()
-        return self.load(*(self.encoders if needs_encoders else ()), *base)
-
-    @property
-    def base(self) -> dict[str, Any]:
-        """What of `frozen` a training step is given."""
-        return {name: params for name, params in self.frozen.items() if name == "transformer"}
-
-    # --- data
-
-    @cached_property
-    def data(self) -> Any:
-        """This process's part of each batch, without end."""
-        loader = make_loader(
-            self.config.data,
-            self.tokenizers,
-            global_batch=self.config.batch,
-            positions=batch_positions(self.mesh, self.config.batch),
-            encoders=self.encoder_identity,
-        )
-        self._close.callback(loader.close)
-        return loader
-
-    @property
-    def dataset(self) -> Dataset:
-        """The rows that are trained on."""
-        return self.data.reader.dataset
-
-    def on_mesh(self, local: Any, count: int) -> Any:
-        """This process's part of a batch of `count` samples as arrays over the mesh."""
-        split = batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (count, *x.shape[1:])), local)
-
-    # --- state
-
-    @cached_property
-    def places(self) -> TrainState:
-        """The sharding of each array of the state."""
-        return state_shardings(self.config, self.recipe, self.mesh)
-
-    @cached_property
-    def programs(self) -> tuple[Any, Any]:
-        """`features_of` and `train_step`, jitted."""
-        return jitted(self.mesh, self.places)
-
-    @cached_property
-    def checkpoints(self) -> Checkpoints:
-        checkpoints = Checkpoints(self.workdir, self.config.keep)
-        self._close.callback(checkpoints.close)
-        return checkpoints
-
-    @cached_property
-    def evaluators(self) -> list[Due]:
-        """What looks at the state every so many steps."""
-        return shipped(self)
-
-    def fresh_state(self) -> TrainState:
-        """The state before the first step."""
-        base = None
-        if self.config.trainable != "adapter" and not self.config.fresh_base:
-            target = self.recipe.family.abstract_params("transformer")
-            place = self.places.params["transformer"]
-            target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), target, place)
-            base = self.bundle.load("transformer", target)
-        return fresh_state(self.config, self.recipe, self.places, base)
-
-    def first_state(self) -> tuple[TrainState, int]:
-        """The state to go on from, and how many steps it has done: the latest checkpoint, which also sets `data`, or a fresh one."""
-        step = self.checkpoints.latest()
-        if step is None:
-            return self.fresh_state(), 0
-        target = abstract_state(self.config, self.recipe, self.places)
-        return self.checkpoints.restore(step, target, None if self.config.fixed_batch else self.data), step
-
-    def check_batch(self) -> None:
-        """Raises `UserError` if the mesh does not divide the batch."""
-        config, ways = self.config, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        each = config.batch // config.accumulate
-        if each % ways:
-            raise UserError(
-                f"`batch` {config.batch} in {config.accumulate} micro-batches of {each}: not divisible by the mesh's data x fsdp = "
-                f"{ways}; choose a multiple of {ways * config.accumulate}"
-            )
 
 
 @contextlib.contextmanager
@@ -211,53 +27,11 @@ def assembled(
     with contextlib.closing(run):
         run.check_batch()
         check_workdir(run.workdir, config, run.bundle.fingerprint, resume=resume, overwrite=overwrite)
-        for part in ("recipe", "frozen", "data", "evaluators"):
+        for part in ("constants", "frozen", "data"):
             getattr(run, part)
+        run.evaluators = shipped(run)
         barrier("all have checked")
         if jax.process_index() == 0:
             claim_workdir(run.workdir, config, run.bundle.fingerprint, overwrite=overwrite)
         barrier("workdir")
         yield run
-
-
-def make_recipe(config: TrainConfig, bundle: Bundle) -> Recipe:
-    """The constants of a training step. Raises `UserError` if the adapter asked for does not fit the bundle."""
-    dtype = jnp.dtype(config.dtype)
-    family = family_of(bundle, Compute(dtype=dtype, param_dtype=dtype), reference=config.trainable != "base")
-    trained = jnp.float32 if config.trainable != "adapter" else dtype
-    family = family.with_compute("transformer", remat=config.remat, param_dtype=trained)
-    adapter = None
-    if config.trainable != "base":
-        adapter = make_adapter(config, family, bundle)
-        family = family.with_injection(adapter.injection)
-    return Recipe(
-        family=family,
-        adapter=adapter,
-        adapter_compute=Compute(dtype=dtype, param_dtype=jnp.float32),
-        optim=config.optim,
-        accumulate=config.accumulate,
-        guidance=config.guidance,
-        random_granularity=config.random_granularity,
-        time_mean=config.time_mean,
-        time_std=config.time_std,
-        fixed_noise=config.fixed_noise,
-        seed=config.seed,
-    )
-
-
-def make_adapter(config: TrainConfig, family: Family, bundle: Bundle) -> DynaIPConfig:
-    """The adapter that `config` asks for, in the sizes of the base. Raises `UserError` if it does not fit `bundle`."""
-    vision = family.config(REFERENCE_ENCODER)
-    if max(config.adapter.levels) > vision.num_hidden_layers:
-        raise UserError(
-            f"`adapter.levels` {config.adapter.levels}: the CLIP of {bundle.path} has {vision.num_hidden_layers} layers; "
-            "choose three of 1 to that"
-        )
-    if config.data.clip_size != vision.image_size:
-        raise UserError(
-            f"`data.clip_size` {config.data.clip_size}: the CLIP of {bundle.path} takes {vision.image_size} pixels; "
-            "set it to that"
-        )
-    choices = dataclasses.asdict(config.adapter)
-    own = {name: choices.pop(name) for name in ("blocks", "query", "merge")}
-    return DynaIPConfig.for_base(family.sites, vision.hidden_size, hmoe=choices, **own)

@@ -27,7 +27,7 @@ from train import config as config_
 from train.photographs import resolve
 
 if TYPE_CHECKING:
-    from train.assemble import Run
+    from train.run import Run
     from train.step import Encoded
 
 EXAMPLES = """
@@ -63,7 +63,7 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
 
     Raises `UserError` as `train` does for what it reads, if `out` exists and not `overwrite`, and if the disk is full.
     """
-    from train.assemble import Run
+    from train.run import Run
 
     run = Run(config)
     dataset = open_dataset(config.data.path)
@@ -96,7 +96,7 @@ class Encoding:
         run = self._run
         padded = np.resize(rows, run.config.batch)
         batch = Pictures(self._dataset, data, run.tokenizers).read(padded, bucket, epoch)
-        return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], self._encode(run.recipe, self._encoders, batch))
+        return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], self._encode(run.constants, self._encoders, batch))
 
 
 def _write_features(store: features.Store, encoded: Encoding, order: BatchOrder, variants: int) -> None:

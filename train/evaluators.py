@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from train.run import Run
 from train.state import TrainState
-
-if TYPE_CHECKING:
-    from train.assemble import Run
 
 
 class Evaluator(Protocol):

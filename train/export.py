@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from etils import epath
 
@@ -20,10 +20,8 @@ from dynaip_jax.storage.bundle import replace_component
 from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.storage.folders import as_path
 from dynaip_jax.storage.manifest import fingerprint
+from train.run import Run
 from train.workdir import read_config
-
-if TYPE_CHECKING:
-    from train.assemble import Run
 
 EXAMPLES = """
 examples:
@@ -68,7 +66,7 @@ def export(
     `step`: "last", "best" or a number; `weights`: "ema" or "params"; `dtype`: of the files. Raises `UserError` for a folder without a run or
     checkpoint, and for outputs that do not fit what was trained.
     """
-    from train.assemble import Run
+    from train.run import Run
 
     run = Run(read_config(workdir), workdir)
     _check_outputs(run.config.trainable, out, bundle_out)
@@ -123,13 +121,13 @@ def _weights(run: Run, step: int, weights: str, dtype: str) -> dict[str, Any]:
     from train.state import abstract_state
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = run.checkpoints.restore(step, abstract_state(run.config, run.recipe, here))
+    state = run.checkpoints.restore(step, abstract_state(run.config, run.constants, here))
     return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), getattr(state, weights))
 
 
 def _write_adapter(run: Run, out: Path, params: Any, base: str, step: int, weights: str, *, overwrite: bool) -> None:
     """The adapter's folder. `base`: the fingerprint of the base that it belongs to."""
-    config, adapter = run.config, run.recipe.adapter
+    config, adapter = run.config, run.constants.adapter
     assert adapter is not None
     conventions = dict(
         weights=weights,

@@ -14,11 +14,12 @@ import numpy as np
 from etils import epath
 
 from dynaip_jax.errors import UserError
-from train.assemble import Run, assembled
+from train.assemble import assembled
 from train.config import TrainConfig
 from train.metrics import Meter, Metrics, say
 from train.overview import overview
 from train.profiling import Profile
+from train.run import Run
 from train.state import TrainState
 from train.step import Features
 from train.stopping import Stop
@@ -58,7 +59,7 @@ def loop(run: Run, state: TrainState, start: int, metrics: Metrics, profile: Pro
 
     for step, (features, rows) in enumerate(features_from(run, start, meter), start + 1):
         with jax.set_mesh(run.mesh):
-            state, values = step_fn(run.recipe, state, run.base, features)
+            state, values = step_fn(run.constants, state, run.base, features)
         if step == start + 1:
             # What tracing left behind stays: going through it again would hold up a later step, or a save.
             gc.collect()
@@ -108,7 +109,7 @@ def features_from(run: Run, start: int, meter: Meter) -> Iterator[tuple[Features
             batch = run.on_mesh(local, config.batch)
         if features is None or not (config.fixed_batch and config.fixed_noise):
             with jax.set_mesh(run.mesh):
-                features = features_fn(run.recipe, run.frozen, batch, jnp.int32(done))
+                features = features_fn(run.constants, run.frozen, batch, jnp.int32(done))
         yield features, local.row
 
 

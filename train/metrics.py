@@ -9,7 +9,7 @@ import socket
 import struct
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,11 +19,9 @@ from dynaip_jax.planner import chips
 from dynaip_jax.storage.folders import is_bucket
 from train.config import OptimConfig
 from train.optim import learning_rates
+from train.run import Run
 from train.step import TIME_BUCKETS
 from train.workdir import disk_errors, write_whole
-
-if TYPE_CHECKING:
-    from train.assemble import Run
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -50,7 +48,7 @@ class Meter:
     def count(self, shape: tuple[int, ...]) -> None:
         """Counts a step over latents of shape `[b, c, h, w]`."""
         self._steps += 1
-        self._flops += self._run.config.batch * self._run.flops(self._run.recipe.family.tokens(shape))
+        self._flops += self._run.config.batch * self._run.flops(self._run.constants.family.tokens(shape))
 
     def read(self) -> dict[str, float | None]:
         """The figures since the last reading."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from dynaip_jax.storage.bundle import flatten
-
-if TYPE_CHECKING:
-    from train.assemble import Run
-    from train.state import TrainState
+from train.run import Run
+from train.state import TrainState
 
 LINES = 60  # at most; more parameters than that are summed up by the module that holds them
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from dynaip_jax.planner.jobs import Job
-    from train.assemble import Run
+    from train.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,13 +54,13 @@ def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sam
     published sizes if it is named like one that has some. Raises `UserError` for a recipe that cannot run on the mesh."""
     from dynaip_jax.families.registry import published
     from dynaip_jax.planner import jobs
-    from train.assemble import Run
+    from train.run import Run
 
     bundle = None if Path(config.bundle).is_dir() else published(Path(config.bundle).name)
     run = Run(config, bundle=bundle, mesh=mesh)
     if kind == "train":
         return training(run)
-    adapter = run.recipe.adapter
+    adapter = run.constants.adapter
     if adapter is None:
         raise UserError(f"`job` sample: the recipe trains {config.trainable!r}, no adapter; expected one that does")
     return jobs.sampling(run.bundle, adapter, mesh, size=config.sample.size, steps=config.sample.steps, **sampling)
@@ -78,29 +78,29 @@ def training(run: Run) -> Job:
     from train.step import features_of
 
     run.check_batch()
-    config, recipe, split = run.config, run.recipe, batch_sharding(run.mesh)
+    config, constants, split = run.config, run.constants, batch_sharding(run.mesh)
     encoders = {name: run.abstract(name) for name in run.encoders}
     base = dict(transformer=run.abstract("transformer")) if config.trainable == "adapter" else {}
     frozen = base | encoders
-    state = abstract_state(config, recipe, run.places)
+    state = abstract_state(config, constants, run.places)
     batch, step = _batch(run), jax.ShapeDtypeStruct((), jnp.int32)
-    features = jax.eval_shape(lambda f, x, n: features_of(recipe, f, x, n), frozen, batch, step)
+    features = jax.eval_shape(lambda f, x, n: features_of(constants, f, x, n), frozen, batch, step)
     features = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), features)
     features_fn, step_fn = run.programs
 
-    family, side = recipe.family, config.data.resolution
+    family, side = constants.family, config.data.resolution
     encoding = 2 * family.text_rows * _size(encoders[family.text_encoders[0]])
-    if recipe.adapter is not None:
+    if constants.adapter is not None:
         encoding += 2 * family.config(REFERENCE_ENCODER).tokens * _size(encoders[REFERENCE_ENCODER])
     rows = family.tokens(family.latent(side, side))
     return Job(
         programs=[
             Program(
-                "features", lambda: features_fn.lower(recipe, frozen, batch, step), 1, config.batch * encoding,
+                "features", lambda: features_fn.lower(constants, frozen, batch, step), 1, config.batch * encoding,
                 tuple(encoders),
             ),
             Program(
-                "step", lambda: step_fn.lower(recipe, state, base, features), 1, config.batch * run.flops(rows),
+                "step", lambda: step_fn.lower(constants, state, base, features), 1, config.batch * run.flops(rows),
                 (*base, "trained state"),
             ),
         ],
@@ -126,7 +126,7 @@ def _batch(run: Run) -> Any:
     return Batch(
         target=array(jnp.float32, side, side, 3),
         reference=array(jnp.float32, 1, clip, clip, 3),
-        ids={name: array(x.dtype, *x.shape[1:]) for name, x in run.recipe.family.text_ids_spec().items()},
+        ids={name: array(x.dtype, *x.shape[1:]) for name, x in run.constants.family.text_ids_spec().items()},
         keep_image=array(jnp.float32),
         row=array(jnp.int32),
     )

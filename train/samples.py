@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +20,9 @@ from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_t
 from dynaip_jax.sampling.denoise import Parts, generate
 from dynaip_jax.sampling.options import SampleOptions
 from train.config import SampleConfig
+from train.run import Run
 from train.state import TrainState
 from train.workdir import write_whole
-
-if TYPE_CHECKING:
-    from train.assemble import Run
 
 COLUMNS = {"text only": None, "DDS on": 0.0, "DDS off": 1.0}  # text gain; None: no image prompt
 CELL = 256  # pixels a side at most
@@ -34,9 +32,9 @@ class Sampler:
     """Draws `WORKDIR/samples/step_NNNNNN.png`: a row a prompt; its reference, then `COLUMNS`."""
 
     def __init__(self, run: Run):
-        config, recipe = run.config, run.recipe
+        config, constants = run.config, run.constants
         self._run, self._sample, self._folder = run, config.sample, run.workdir / "samples"
-        family = recipe.family
+        family = constants.family
         if config.sample.size % family.multiple:
             raise UserError(f"`sample.size` {config.sample.size}: expected a multiple of {family.multiple}")
         self._prompts, self._references = _prompts_and_references(config.sample, run.dataset)
@@ -72,14 +70,14 @@ class Sampler:
         return min(CELL, max(128, self._sample.size))
 
     def _picture(self, state: TrainState, text: Any, reference: np.ndarray, text_gain: float | None) -> np.ndarray:
-        recipe, frozen = self._run.recipe, self._run.frozen
-        family, options, prompt = recipe.family, self._options, None
-        if text_gain is not None and isinstance(recipe.adapter, DynaIPConfig):
+        constants, frozen = self._run.constants, self._run.frozen
+        family, options, prompt = constants.family, self._options, None
+        if text_gain is not None and isinstance(constants.adapter, DynaIPConfig):
             pixels = images.clip_pixels(reference, family.config("clip_vision").image_size)[None, None]
             options = dataclasses.replace(options, text_gain=text_gain)
             gains = adapter_options(options)
             prompt, _ = make_image_prompt(
-                family, recipe.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, gains
+                family, constants.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, gains
             )
         weights = Arranged(state.ema.get("transformer", frozen.get("transformer")))
         parts = Parts(family, weights, frozen["vae"])

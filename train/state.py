@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from dynaip_jax.adapters.dynaip import init_adapter_params
 from dynaip_jax.families.base import Matrices
 from dynaip_jax.runtime.sharding import shardings
 from train.config import OptimConfig, TrainConfig
+from train.constants import Constants
 from train.optim import optimizer
-
-if TYPE_CHECKING:
-    from train.step import Recipe
 
 
 class TrainState(NamedTuple):
@@ -49,36 +47,40 @@ def updated(optim: OptimConfig, state: TrainState, grads: Any, matrices: Sequenc
     return TrainState(state.step + 1, params, ema, opt_state)
 
 
-def fresh_params(config: TrainConfig, recipe: Recipe, *, boxed: bool = False) -> dict[str, Any]:
+def fresh_params(config: TrainConfig, constants: Constants, *, boxed: bool = False) -> dict[str, Any]:
     """Fresh trained parameters, float32; `boxed` leaves each in the box that holds its logical axis names."""
     adapter_key, base_key = jax.random.split(jax.random.key(config.seed))
     params = {}
-    if recipe.adapter is not None:
-        params["adapter"] = init_adapter_params(recipe.adapter, adapter_key, recipe.adapter_compute, boxed=boxed)
+    if constants.adapter is not None:
+        params["adapter"] = init_adapter_params(constants.adapter, adapter_key, constants.adapter_compute, boxed=boxed)
     if config.trainable != "adapter":
-        params["transformer"] = recipe.family.fresh(recipe.family.init_params("transformer", base_key, boxed=boxed))
+        params["transformer"] = constants.family.fresh(
+            constants.family.init_params("transformer", base_key, boxed=boxed)
+        )
     return params
 
 
-def state_shardings(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+def state_shardings(config: TrainConfig, constants: Constants, mesh: Mesh) -> TrainState:
     """Where each array of the state lies."""
-    boxed = jax.eval_shape(lambda: init_state(config.optim, fresh_params(config, recipe, boxed=True), recipe.matrices))
+    boxed = jax.eval_shape(
+        lambda: init_state(config.optim, fresh_params(config, constants, boxed=True), constants.matrices)
+    )
     return shardings(boxed, mesh)
 
 
-def abstract_state(config: TrainConfig, recipe: Recipe, places: Any) -> TrainState:
+def abstract_state(config: TrainConfig, constants: Constants, places: Any) -> TrainState:
     """Shapes and dtypes of the state, with the shardings `places`: a tree of them, or one for all."""
-    shapes = jax.eval_shape(lambda: init_state(config.optim, fresh_params(config, recipe), recipe.matrices))
+    shapes = jax.eval_shape(lambda: init_state(config.optim, fresh_params(config, constants), constants.matrices))
     if not isinstance(places, TrainState):
         places = jax.tree.map(lambda _: places, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
-def fresh_state(config: TrainConfig, recipe: Recipe, places: TrainState, base: Any = None) -> TrainState:
+def fresh_state(config: TrainConfig, constants: Constants, places: TrainState, base: Any = None) -> TrainState:
     """The state before the first step, made sharded: no parameter is ever whole on one device. `base`: the transformer to start
     from, in place of a fresh one."""
     state = jax.jit(
-        lambda: init_state(config.optim, fresh_params(config, recipe), recipe.matrices), out_shardings=places
+        lambda: init_state(config.optim, fresh_params(config, constants), constants.matrices), out_shardings=places
     )()
     if base is None:
         return state

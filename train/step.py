@@ -5,7 +5,6 @@ Gradients are taken of the trained tree alone; frozen weights are a plain argume
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +13,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dynaip_jax import flow
-from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
+from dynaip_jax.adapters.dynaip import DynaIP
 from dynaip_jax.data.samples import Batch
-from dynaip_jax.families.base import Family, Matrices
-from dynaip_jax.layers.compute import Compute
 from dynaip_jax.runtime.compiling import QUICK
 from dynaip_jax.runtime.sharding import batch_sharding
 from dynaip_jax.types import TextCondition
-from train.config import OptimConfig
-from train.optim import ADAPTER_MATRICES
+from train.constants import Constants
 from train.state import TrainState, updated
 
 TIME_BUCKETS = 4
@@ -52,88 +48,61 @@ class Features(NamedTuple):
     )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The constants of a step (hashable: it is a static argument)."""
-
-    family: Family
-    adapter: DynaIPConfig | None
-    adapter_compute: Compute
-    optim: OptimConfig
-    accumulate: int
-    guidance: float
-    random_granularity: float
-    time_mean: float
-    time_std: float
-    fixed_noise: bool
-    seed: int
-
-    @property
-    def matrices(self) -> tuple[Matrices, ...]:
-        """Parameters that Muon takes as matrices."""
-        return (*self.family.matrices, *ADAPTER_MATRICES)
-
-    def key(self, step: jax.Array, purpose: int) -> jax.Array:
-        """The random key of a step; the same for all steps with `fixed_noise`."""
-        key = jax.random.fold_in(jax.random.key(self.seed), purpose)
-        return key if self.fixed_noise else jax.random.fold_in(key, step)
-
-
-def encode(recipe: Recipe, params: dict[str, Any], batch: Batch) -> Encoded:
+def encode(constants: Constants, params: dict[str, Any], batch: Batch) -> Encoded:
     """The frozen encoders over a batch of pictures and token ids."""
-    family = recipe.family
+    family = constants.family
     levels = None
-    if recipe.adapter is not None:
+    if constants.adapter is not None:
         b, s = batch.reference.shape[:2]
         pixels = batch.reference.reshape(b * s, *batch.reference.shape[2:])
-        states = family.vision(params["clip_vision"], pixels, recipe.adapter.hmoe.levels)
+        states = family.vision(params["clip_vision"], pixels, constants.adapter.hmoe.levels)
         levels = tuple(x.reshape(b, s, *x.shape[1:]) for x in states)
     text = family.encode_text(params, batch.ids)
     return Encoded(family.encode(params["vae"], batch.target), text.states, text.pooled, levels)
 
 
-def features_of(recipe: Recipe, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
+def features_of(constants: Constants, params: dict[str, Any], batch: Any, step: jax.Array) -> Features:
     """The features of a `Batch` or `CachedBatch` at `step`: encoded here or read from a cache. All that chance decides in a
     step is drawn here, apart from the step itself: latents from the VAE's posterior, noise, times.
     """
     if isinstance(batch, Batch):
-        encoded = encode(recipe, params, batch)
+        encoded = encode(constants, params, batch)
     else:
         encoded = Encoded(batch.moments, batch.states, batch.pooled, batch.levels)
     b, h, w, z = encoded.moments.shape
-    posterior_key, noise_key, time_key = (recipe.key(step, purpose) for purpose in (1, 2, 3))
+    posterior_key, noise_key, time_key = (constants.key(step, purpose) for purpose in (1, 2, 3))
     shape = (b, z // 2, h, w)
     moments = encoded.moments.astype(jnp.float32)
-    factor = recipe.family.shift(recipe.family.tokens((h, w)))
+    factor = constants.family.shift(constants.family.tokens((h, w)))
     return Features(
-        latents=recipe.family.latents(moments, jax.random.normal(posterior_key, shape)),
+        latents=constants.family.latents(moments, jax.random.normal(posterior_key, shape)),
         noise=jax.random.normal(noise_key, shape),
-        t=flow.sample_times(time_key, b, factor, mean=recipe.time_mean, std=recipe.time_std),
+        t=flow.sample_times(time_key, b, factor, mean=constants.time_mean, std=constants.time_std),
         states=encoded.states,
         pooled=encoded.pooled,
         levels=encoded.levels,
         keep_image=batch.keep_image,
-        granularity=_granularity(recipe, step, b)
-        if recipe.adapter is not None and recipe.random_granularity > 0
+        granularity=_granularity(constants, step, b)
+        if constants.adapter is not None and constants.random_granularity > 0
         else None,
     )
 
 
-def _granularity(recipe: Recipe, step: jax.Array, b: int) -> jax.Array:
+def _granularity(constants: Constants, step: jax.Array, b: int) -> jax.Array:
     """Random weights `[b, 3]`, often mostly of one level, for a share of the samples; zeros for the others."""
-    weights_key, share_key = jax.random.split(recipe.key(step, 4))
+    weights_key, share_key = jax.random.split(constants.key(step, 4))
     weights = jax.random.dirichlet(weights_key, jnp.full(3, 0.5), (b,))
-    return weights * (jax.random.uniform(share_key, (b, 1)) < recipe.random_granularity)
+    return weights * (jax.random.uniform(share_key, (b, 1)) < constants.random_granularity)
 
 
-def loss(recipe: Recipe, params: dict[str, Any], features: Features) -> tuple[jax.Array, dict[str, Any]]:
+def loss(constants: Constants, params: dict[str, Any], features: Features) -> tuple[jax.Array, dict[str, Any]]:
     """Mean squared error of the velocity, and sums for the metrics. `params`: trained and frozen together."""
-    f, family = features, recipe.family
+    f, family = features, constants.family
     b, _, h, w = f.latents.shape
     x, target = flow.interpolate(family.pack(f.latents), family.pack(f.noise), f.t)
     prompt, sums = None, {}
-    if recipe.adapter is not None:
-        adapter: Any = DynaIP(recipe.adapter, recipe.adapter_compute)
+    if constants.adapter is not None:
+        adapter: Any = DynaIP(constants.adapter, constants.adapter_compute)
         prompt, weights = adapter.apply(
             {"params": params["adapter"]},
             f.levels,
@@ -149,7 +118,7 @@ def loss(recipe: Recipe, params: dict[str, Any], features: Features) -> tuple[ja
         f.t,
         TextCondition(f.states, f.pooled),
         (h, w),
-        guidance=jnp.full(b, recipe.guidance) if family.takes_guidance else None,
+        guidance=jnp.full(b, constants.guidance) if family.takes_guidance else None,
         image_prompt=prompt,
     )
     per_sample = jnp.mean((velocity - target) ** 2, axis=(1, 2))
@@ -163,9 +132,9 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def train_step(
-    recipe: Recipe, state: TrainState, frozen: dict[str, Any], features: Features
+    constants: Constants, state: TrainState, frozen: dict[str, Any], features: Features
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step over a batch, in `recipe.accumulate` micro-batches.
+    """One optimizer step over a batch, in `constants.accumulate` micro-batches.
 
     `frozen`: the parameters that are not trained. Noise and times come with the features, so that accumulation changes no
     number but by rounding. Metrics: loss, loss by quarter of t (NaN where a quarter is empty), norms of gradient, parameters and
@@ -174,10 +143,10 @@ def train_step(
     b = features.latents.shape[0]
 
     def grads_of(part: Features) -> tuple[Any, dict[str, Any]]:
-        grads, sums = jax.grad(lambda p: loss(recipe, frozen | p, part), has_aux=True)(state.params)
+        grads, sums = jax.grad(lambda p: loss(constants, frozen | p, part), has_aux=True)(state.params)
         return grads, sums
 
-    n = recipe.accumulate
+    n = constants.accumulate
     if n == 1:
         grads, sums = grads_of(features)
     else:
@@ -190,7 +159,7 @@ def train_step(
         )
         grads = jax.tree.map(lambda g: g / n, grads)
 
-    new = updated(recipe.optim, state, grads, recipe.matrices)
+    new = updated(constants.optim, state, grads, constants.matrices)
     metrics = dict(
         loss=sums["loss"] / b,
         grad_norm=optax.global_norm(grads),

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from dynaip_jax.data.loader import make_loader
 from dynaip_jax.runtime.sharding import batch_positions
+from train.run import Run
 from train.state import TrainState
 from train.step import loss
-
-if TYPE_CHECKING:
-    from train.assemble import Run
 
 
 class Validation:
@@ -35,8 +32,8 @@ class Validation:
         loader = make_loader(data, run.tokenizers, global_batch=self._rows, positions=positions)
         with contextlib.closing(loader):
             self._batches = [next(loader) for _ in range(config.validation.batches)]
-        self._recipe = dataclasses.replace(run.recipe, random_granularity=0.0, fixed_noise=False)
-        self._loss = jax.jit(lambda recipe, params, features: loss(recipe, params, features)[0], static_argnums=0)
+        self._constants = dataclasses.replace(run.constants, random_granularity=0.0, fixed_noise=False)
+        self._loss = jax.jit(lambda constants, params, features: loss(constants, params, features)[0], static_argnums=0)
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """`validation_loss`."""
@@ -46,6 +43,6 @@ class Validation:
         for number, local in enumerate(self._batches):
             batch = run.on_mesh(local, self._rows)
             with jax.set_mesh(run.mesh):
-                features = features_fn(self._recipe, run.frozen, batch, jnp.int32(number))
-                losses.append(float(self._loss(self._recipe, run.base | state.ema, features)))
+                features = features_fn(self._constants, run.frozen, batch, jnp.int32(number))
+                losses.append(float(self._loss(self._constants, run.base | state.ema, features)))
         return dict(validation_loss=sum(losses) / len(losses))

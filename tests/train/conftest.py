@@ -10,10 +10,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.runtime.sharding import MeshConfig
 from tests.train.runs import fixed, tiny_recipe, without_overview, words
-from train.assemble import Run
 from train.loop import train
 from train.main import main
 from train.photographs import prepare_photographs
+from train.run import Run
 from train.step import Features
 
 

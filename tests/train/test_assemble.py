@@ -2,14 +2,15 @@
 
 from dynaip_jax.storage.bundle import Bundle
 from train import config as config_
-from train.assemble import Run, assembled
+from train.assemble import assembled
+from train.run import Run
 
 
 def test_query_and_merge_reach_adapter_and_transformer(config):
     chosen = config_.override(config, ["--adapter.query", "after_rope", "--adapter.merge", "concat"])
-    recipe = Run(chosen).recipe
-    injection = recipe.family.injection
-    assert (recipe.adapter.query, recipe.adapter.merge) == ("after_rope", "concat")
+    constants = Run(chosen).constants
+    injection = constants.family.injection
+    assert (constants.adapter.query, constants.adapter.merge) == ("after_rope", "concat")
     assert (injection.query, injection.merge) == ("after_rope", "concat")
 
 

@@ -16,10 +16,10 @@ from dynaip_jax.data.loader import BatchIterator
 from tests.train import runs
 from tests.train.runs import Child, data_state, losses, metrics, steps, words
 from train import config as config_
-from train.assemble import Run
 from train.loop import train
 from train.main import main
 from train.photographs import resolve
+from train.run import Run
 
 MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}  # data, fsdp, tensor
 FOUR_STEPS = ("--batch", 8, "--steps", 4)

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tests.train.runs import metrics
 from train import assemble
-from train.assemble import Run
 from train.config import SampleConfig, ValidationConfig
 from train.evaluators import Due
 from train.loop import train
+from train.run import Run
 from train.samples import Sampler
 from train.validation import Validation
 

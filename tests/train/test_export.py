@@ -9,9 +9,9 @@ import numpy as np
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from tests.train.runs import contents, fixed, refused
 from train import export as command
-from train.assemble import Run
 from train.export import export
 from train.loop import train
+from train.run import Run
 
 
 def test_the_exported_adapter_is_the_average_and_draws(adapter_run, tiny, tmp_path, dynaip, photograph):

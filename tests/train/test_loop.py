@@ -5,8 +5,8 @@ import dataclasses
 import jax
 
 from tests.train.runs import fixed, losses
-from train.assemble import Run
 from train.loop import train
+from train.run import Run
 
 
 def test_a_base_trained_from_scratch_learns_one_batch(config, tmp_path):

@@ -10,19 +10,19 @@ import pytest
 
 from dynaip_jax.families.base import Matrices
 from tests.train.runs import fixed, losses
-from train.assemble import Run
 from train.config import OptimConfig
 from train.loop import train
 from train.optim import dimension_numbers, learning_rates, optimizer
+from train.run import Run
 from train.state import fresh_params
 
 
 def test_muon_takes_the_matrices_and_goes_on_after_a_restart(config, tmp_path):
     muon = dataclasses.replace(config.optim, kind="muon", muon_rate=0.01)
     run = fixed(config, trainable="all", fresh_base=True, optim=muon, save_every=10)
-    recipe = Run(run).recipe
+    constants = Run(run).constants
     moved = jax.tree_util.tree_leaves_with_path(
-        dimension_numbers(fresh_params(run, recipe), recipe.matrices),
+        dimension_numbers(fresh_params(run, constants), constants.matrices),
         is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers),
     )
     names = [jax.tree_util.keystr(path) for path, _ in moved]

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from train.assemble import Run
 from train.overview import LINES, Part, in_detail, overview
+from train.run import Run
 
 
 def test_every_parameter_is_counted_and_trained_ones_are_shown(config):

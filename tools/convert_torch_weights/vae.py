@@ -119,7 +119,7 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
     if not widths or any(w < 1 or w % widths[0] for w in widths):
         wrong.append(f"block_out_channels {widths}, expected multiples of the first")
     if wrong:
-        raise UserError(f"vae/config.json: {'; '.join(wrong)}; use the vae folder of a FLUX.1 model")
+        raise UserError(f"vae/config.json: {'; '.join(wrong)}; use the vae folder of a supported model")
     try:
         return VAEConfig(
             resolution=hf["sample_size"],
@@ -137,7 +137,7 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
             f"vae/config.json: no {e.args[0]!r}; expected an AutoencoderKL's sizes; download it again"
         ) from e
     except (TypeError, ValueError) as e:
-        raise UserError(f"vae/config.json: {e}; use the vae folder of a FLUX.1 model") from e
+        raise UserError(f"vae/config.json: {e}; use the vae folder of a supported model") from e
 
 
 def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
@@ -163,4 +163,4 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     except KeyError as e:
         raise UserError(f"vae: tensor {e.args[0]} is missing; expected a whole autoencoder in BFL's layout") from e
     except ValueError as e:
-        raise UserError(f"vae: not FLUX.1's autoencoder: {e}; expected BFL's ae.safetensors") from e
+        raise UserError(f"vae: not an autoencoder of a supported kind: {e}; expected BFL's ae.safetensors") from e
