@@ -27,15 +27,16 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # tensorflow-datasets imports it and does not declare it
         "etils[epath]",
+        "fsspec",
         "transformers>=4.57,<6",
-        "sentencepiece",
+        "sentencepiece",  # with protobuf: transformers reads T5's tokenizer by them
         "protobuf",
         "safetensors>=0.6",
         "ml_dtypes",
         "numpy",
         "scipy>=1.15",
         "pillow>=11",
-        "tyro>=0.9",
+        "tyro>=1.0",
         "pyarrow",
         "absl-py",
         "tokenizers",
@@ -57,11 +58,11 @@ setup(
             "qwix>=0.1.8",
             "torch==2.13.0",
             "diffusers==0.42.1",
-            "accelerate",
+            "accelerate",  # diffusers loads folders by it
             "scikit-image",
             "ruff",
             "mypy",
-            "pooch",
+            "pooch",  # scikit-image finds its pictures by it
         ],
     },
 )

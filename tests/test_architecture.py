@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import sys
 import tokenize
 from pathlib import Path
 
@@ -195,3 +196,26 @@ def test_files_and_functions_are_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{name}.{node.name}"
+
+
+PACKAGE_OF = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "tensorflow_datasets": "tensorflow-datasets",
+}
+NOT_IMPORTED = {"importlib_resources", "sentencepiece", "protobuf"}  # needed by others, as setup.py says
+OPTIONAL = {"qwix", "tensorboardX", "skimage"}  # of an extra, or asked for where they are needed
+
+
+def test_what_is_imported_is_declared_and_the_reverse():
+    setup = (ROOT / "setup.py").read_text()
+    block = setup[setup.index("install_requires=[") : setup.index("extras_require")]
+    declared = {re.split(r"[\[><=]", name)[0] for name in re.findall(r'^ +"([^"]+)"', block, re.M)}
+    used = set()
+    for name, path in MODULES.items():
+        if starts(name, "dynaip_jax") or starts(name, "train") or starts(name, "tools"):
+            tops = {m.split(".")[0] for m in imports(path)} - set(sys.stdlib_module_names) - {*PACKAGES, "__future__"}
+            used |= {PACKAGE_OF.get(top, top) for top in tops}
+    assert used - OPTIONAL <= declared, used - OPTIONAL - declared
+    assert declared - NOT_IMPORTED <= used, declared - NOT_IMPORTED - used

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from train.config import TrainConfig
-from train.evaluators import shipped
+from train.evaluators import Due
 from train.run import Run
 from train.stopping import barrier
 from train.workdir import check_workdir, claim_workdir
@@ -35,3 +35,17 @@ def assembled(
             claim_workdir(run.workdir, config, run.bundle.fingerprint, overwrite=overwrite)
         barrier("workdir")
         yield run
+
+
+def shipped(run: Run) -> list[Due]:
+    """The evaluators that the config of `run` asks for. Raises `UserError` for what they cannot work with."""
+    due, config = [], run.config
+    if config.sample.every:
+        from train.samples import Sampler
+
+        due.append(Due(config.sample.every, Sampler(run)))
+    if config.validation.every:
+        from train.validation import Validation
+
+        due.append(Due(config.validation.every, Validation(run)))
+    return due

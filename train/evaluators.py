@@ -1,10 +1,9 @@
-"""What looks at a run every so many steps: sample grids and the loss on held-out rows."""
+"""What looks at a run every so many steps: `samples.Sampler` and `validation.Validation` are shipped."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from train.run import Run
 from train.state import TrainState
 
 
@@ -20,17 +19,3 @@ class Due(NamedTuple):
 
     every: int
     evaluate: Evaluator
-
-
-def shipped(run: Run) -> list[Due]:
-    """The evaluators that the config of `run` asks for. Raises `UserError` for what they cannot work with."""
-    due, config = [], run.config
-    if config.sample.every:
-        from train.samples import Sampler
-
-        due.append(Due(config.sample.every, Sampler(run)))
-    if config.validation.every:
-        from train.validation import Validation
-
-        due.append(Due(config.validation.every, Validation(run)))
-    return due

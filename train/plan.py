@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dynaip_jax.app import plan
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.folders import as_path
 from train import config as config_
 from train.config import TrainConfig
 
@@ -56,7 +57,7 @@ def job(config: TrainConfig, mesh: Mesh, kind: Literal["train", "sample"], **sam
     from dynaip_jax.planner import jobs
     from train.run import Run
 
-    bundle = None if Path(config.bundle).is_dir() else published(Path(config.bundle).name)
+    bundle = None if as_path(config.bundle).is_dir() else published(Path(config.bundle).name)
     run = Run(config, bundle=bundle, mesh=mesh)
     if kind == "train":
         return training(run)

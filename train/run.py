@@ -29,6 +29,7 @@ from dynaip_jax.storage.bundle import Bundle
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.constants import Constants
+from train.evaluators import Due
 from train.state import TrainState, abstract_state, fresh_state, state_shardings
 from train.step import jitted
 
@@ -50,7 +51,7 @@ class Run:
     ):
         self.config, self.workdir = config, epath.Path(workdir)
         self._bundle, self._mesh = bundle, mesh
-        self.evaluators: list[Any] = []  # what looks at the run every so many steps: `evaluators.Due`
+        self.evaluators: list[Due] = []
         self._close = contextlib.ExitStack()
 
     def close(self) -> None:

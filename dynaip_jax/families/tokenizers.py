@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.folders import local_copy
 
 CLIP_LENGTH = 77
 
@@ -34,9 +35,8 @@ class Tokenizers:
         loaded = []
         for name in ("t5", "clip"):
             try:
-                loaded.append(
-                    AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
-                )
+                with local_copy(folder / name) as here:
+                    loaded.append(AutoTokenizer.from_pretrained(here, local_files_only=True, trust_remote_code=False))
             except Exception as e:  # transformers raises whatever its backends raise
                 reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
                 raise UserError(
