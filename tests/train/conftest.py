@@ -84,7 +84,7 @@ def config(tiny, photographs):
 
 @pytest.fixture(scope="session")
 def setup(config):
-    """(recipe, frozen weights, state, features of 8 samples) for the adapter."""
+    """(constants, frozen weights, state, features of 8 samples) for the adapter."""
     run = Run(dataclasses.replace(config, mesh=MeshConfig()))
     keys = iter(jax.random.split(jax.random.key(0), 9))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
@@ -92,7 +92,7 @@ def setup(config):
     times = jnp.linspace(0.05, 0.95, 8)
     latents, noise = normal(8, 16, 8, 8), normal(8, 16, 8, 8)
     features = Features(latents, noise, times, normal(8, 6, 32), normal(8, 32), levels, jnp.ones(8))
-    return run.recipe, run.frozen, run.fresh_state(), features
+    return run.constants, run.frozen, run.fresh_state(), features
 
 
 @pytest.fixture(scope="session")

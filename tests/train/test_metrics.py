@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from tests.train.runs import losses
-from train import assemble
+from train import run as run_
 from train.checkpoint import Checkpoints
 from train.config import OptimConfig, SampleConfig
 from train.loop import train
@@ -76,7 +76,7 @@ def test_a_file_that_grows_is_whole_after_each_record(bucket, tmp_path):
 
 def test_a_run_in_a_bucket(config, bucket, tmp_path, monkeypatch):
     """All but its checkpoints, which tensorstore writes by a client of its own."""
-    monkeypatch.setattr(assemble, "Checkpoints", lambda workdir, keep: Checkpoints(tmp_path / "disk", keep))
+    monkeypatch.setattr(run_, "Checkpoints", lambda workdir, keep: Checkpoints(tmp_path / "disk", keep))
     sample = SampleConfig(every=2, rows=1, size=32, steps=1)
     run = dataclasses.replace(config, batch=2, sample=sample, save_every=2)
     workdir = epath.Path(bucket) / "run"
