@@ -126,6 +126,8 @@ def _one_line(box: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ") for line in box.splitlines()]
     rules = [n for n, line in enumerate(lines) if re.match(r"[╭╰─]|-{3,}$", line)] + [len(lines)] * 2
     text = " ".join(" ".join(lines[rules[0] + 1 : rules[1]]).split()).rstrip(".")
+    if unknown := re.fullmatch(r"Unrecognized options: (.*)", text):
+        return f"unrecognized arguments: {unknown[1].replace(',', '')}"
     choice = re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text)
     if choice is None:
         return text

@@ -14,6 +14,9 @@ if OWNER:
     os.environ[COMPILED] = tempfile.mkdtemp(prefix="dynaip_compiled_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[COMPILED]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(
+    2**32
+)  # as commands have it: a folder with and without a limit does not mix
 
 import jaxtyping  # noqa: E402
 

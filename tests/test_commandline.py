@@ -55,8 +55,8 @@ def test_other_words_are_handed_on_in_order():
         ("--box b --item a --count x", "Error parsing --count: invalid literal for int() with base 10: 'x'; see pack --help"),
         ("--box b --item a --count None", "Error parsing --count: invalid literal for int() with base 10: 'None'; see pack --help"),
         ("--box b --item a --size 1 2", "Missing value for argument '--size'. Expected 3 values; see pack --help"),
-        ("--box b --item a --no-wrap-up", "Unrecognized options: --no-wrap-up; see pack --help"),
-        (f"--box b --item a {'long/' * 40}", f"Unrecognized options: {'long/' * 40}; see pack --help"),
+        ("--box b --item a --no-wrap-up", "unrecognized arguments: --no-wrap-up; see pack --help"),
+        (f"--box b --item a {'long/' * 40}", f"unrecognized arguments: {'long/' * 40}; see pack --help"),
     ),
 )  # fmt: skip
 def test_complaints_are_one_line(words, message, capsys, monkeypatch):

@@ -44,7 +44,7 @@ def test_help_names_every_command(dynaip):
         (("--quiet",), "--quiet: no such command; expected one of sample, demo, evaluate, plan; see dynaip --help"),
         (("evaluate",), "no command given; expected one of shapeland; see dynaip evaluate --help"),
         (("demo", "--prompt", "a star"), "--prompt: given without --reference; expected both, or neither; add --reference"),
-        (("demo", "--size", "3"), "Unrecognized options: --size, 3; see dynaip demo --help"),
+        (("demo", "--size", "3"), "unrecognized arguments: --size 3; see dynaip demo --help"),
     ),
 )  # fmt: skip
 def test_errors(dynaip, words, message):

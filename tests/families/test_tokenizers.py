@@ -59,5 +59,5 @@ def test_a_tokenizer_without_positions_is_refused():
     class Slow:
         is_fast = False
 
-    with pytest.raises(UserError, match="does not say where its tokens stand.*--mask"):
+    with pytest.raises(UserError, match="does not say where its tokens stand.*`masks`"):
         Tokenizers(Slow(), None, 12).words("a star", ["star"])

@@ -31,9 +31,7 @@ def test_same_picture_with_both(dynaip, tiny, photograph, tmp_path):
         ]  # fmt: skip
 
     assert dynaip(*command("new.png"))[0] == 0
-    code = (
-        "import sys, transformers; from dynaip_jax import cli; print(transformers.__version__); cli.run(sys.argv[1:])"
-    )
+    code = "import sys, transformers; from dynaip_jax.app import main; print(transformers.__version__); main.run(sys.argv[1:])"
     assert python_with_old_transformers(code, *command("old.png")).startswith("4.57")
     new, old = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("new", "old"))
     np.testing.assert_array_equal(new, old)

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dynaip_jax.planner import hlo
-from dynaip_jax.planner import jobs as plan
+from dynaip_jax.planner import hlo, topologies
 from dynaip_jax.runtime.sharding import MeshConfig, constrain, make_mesh
 
 
@@ -16,7 +15,7 @@ def mesh():
 
 
 def devices(topology, count):
-    return make_mesh(MeshConfig(data=1, fsdp=count), plan.devices(topology))
+    return make_mesh(MeshConfig(data=1, fsdp=count), topologies.devices(topology))
 
 
 def compiled(mesh, function, *arguments):

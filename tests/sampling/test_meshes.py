@@ -59,7 +59,7 @@ def on_meshes(folder, bundle, adapter):
 @pytest.fixture(scope="module")
 def eight(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("meshes")
-    call = "import sys; from tests import test_meshes as t; t.on_meshes(t.Path(sys.argv[1]), *sys.argv[2:])"
+    call = "import sys; from tests.sampling import test_meshes as t; t.on_meshes(t.Path(sys.argv[1]), *sys.argv[2:])"
     child = Child(dict(JAX_NUM_CPU_DEVICES="8"), folder / "log", "-c", call, folder, *tiny)
     assert child.end() == 0, child.log.read_text()
     return folder

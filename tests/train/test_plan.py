@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import pytest
 
 from dynaip_jax.commandline import run_cli
@@ -15,14 +16,16 @@ TOPOLOGY = "v5e:2x2"
 
 @pytest.fixture
 def plan(capsys):
-    """Runs the command in this process -> (exit status, stdout, stderr)."""
+    """Runs the command in this process -> (exit status, stdout, stderr). Programs for other machines cannot be kept."""
 
     def run(*words):
         status = run_cli(main, [str(w) for w in words])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return run
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield run
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_a_training_step_on_a_topology(plan):
