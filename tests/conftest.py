@@ -1,7 +1,9 @@
 """All tests run on CPU with full float32 products, offline."""
 
 import gc
+import importlib
 import os
+import pkgutil
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,8 +24,13 @@ import jaxtyping  # noqa: E402
 
 import tests.typechecked  # noqa: E402, F401  (named below)
 
-# Array shapes in annotations are checked wherever tests reach them.
-jaxtyping.install_import_hook(["dynaip_jax.data", "dynaip_jax.images", "dynaip_jax.layers"], "tests.typechecked.check")
+# Array shapes in annotations are checked wherever tests reach them. The modules are read now: read late, beside a thread that prints a
+# traceback, CPython 3.11 may fail with "AST constructor recursion depth mismatch".
+CHECKED = ("dynaip_jax.data", "dynaip_jax.images", "dynaip_jax.layers")
+jaxtyping.install_import_hook(list(CHECKED), "tests.typechecked.check")
+for package in CHECKED:
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        importlib.import_module(module.name)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
