@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.folders import wait_for_writer
 from dynaip_jax.version import __version__
 from train.config import TrainConfig
 
@@ -69,5 +70,10 @@ def prepare_photographs() -> Path:
             lines.append(json.dumps(row))
         manifest = Path(folder) / "metadata.jsonl"
         manifest.write_text("\n".join(lines) + "\n")
-        main(["--source", str(manifest), "--out", str(out)])
+        try:
+            main(["--source", str(manifest), "--out", str(out)])
+        except UserError:  # another process makes it, or has just done so
+            wait_for_writer(out)
+            if not out.is_dir():
+                raise
     return out

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import importlib.util
+import itertools
 import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from etils import epath
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.locks import hold, holder_of
+from dynaip_jax.storage.renames import exchange, move_new, sync, sync_tree
 
 AnyPath: TypeAlias = Path | epath.Path
 BUCKETS = ("gs://", "s3://")
@@ -45,29 +54,65 @@ def replacing(
 ) -> Iterator[Path]:
     """A new empty local folder that becomes `path` when the block ends well, and disappears when it does not.
 
-    A local folder is renamed. A folder for a bucket is made in the system's temporary folder and copied, with the files
-    named in `marks` last: one that holds none of them is not whole.
+    A local folder is renamed once it is on the disk. A folder for a bucket is made in the system's temporary folder and copied, with
+    the files named in `marks` last: one that holds none of them is not whole. What a killed writer of `path` left is removed first.
 
-    Raises `UserError` if `path` exists and `overwrite` is false, if it holds something else (none of the files `marks`),
-    or if it cannot be written; the message names the option `field`.
+    Raises `UserError` if another process writes `path`, if it exists and `overwrite` is false, if it holds something else (it is no
+    folder, or has none of the files `marks`), or if it cannot be written; the message names the option `field`. If something else
+    appears at `path` while the block runs, it stays, and the error says where the new folder is.
     """
     path = as_path(path)
     _check_target(path, overwrite, marks, field)
-    make = _uploaded if isinstance(path, epath.Path) else _renamed
-    with make(path, marks, field) as work:
+    with _working(path, marks, field) as work:
+        _check_target(path, overwrite, marks, field)  # once more: what a killed writer had moved aside may be back
+        try:
+            yield work
+            if isinstance(path, epath.Path):
+                _upload(work, path, overwrite, marks, field)
+            else:
+                sync_tree(work)
+                _put(work, path, overwrite, marks, field)
+        except OSError as e:
+            where = f" in {work.parent}, or set TMPDIR to a folder on" if is_bucket(path) else " or choose"
+            raise UserError(
+                f"`{field}` {path}: writing failed ({e.strerror or e}); nothing was changed; free space{where} another disk"
+            ) from e
+
+
+def wait_for_writer(path: Path) -> None:
+    """Returns once no process writes the folder `path` by `replacing`."""
+    while holder_of(_lock(_absolute(path))):
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A folder on the same disk as `path`, for what its writer needs for a while: it goes with the block or, after a kill, when `path`
+    is written next."""
+    work = _new_folder(_absolute(path))
+    try:
         yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def copy_tree(source: AnyPath, target: AnyPath, last: Sequence[str] = ()) -> None:
-    """Copies every file of the folder `source`; each folder may be in a bucket. Files named in `last` are copied last."""
-    if isinstance(source, Path) and isinstance(target, Path):
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        return
+    """Copies every file of the folder `source`; each folder may be in a bucket. Files named in `last` are copied last.
+
+    Raises `UserError` for a link, or anything else that is neither folder nor file: a folder that someone else made could have any
+    file of this machine copied through it.
+    """
+    if isinstance(source, Path) and source.is_symlink():
+        raise _no_file(source)
     for file in sorted(_files(source), key=lambda file: file.name in last):
-        copy = target / os.path.relpath(file, source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as reader, copy.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 24)
+        copy_file(file, target / os.path.relpath(file, source))
+
+
+def copy_file(source: AnyPath, target: AnyPath) -> None:
+    """Copies a file, and makes the folders that it needs. Raises `UserError` if it is a link or no file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _opened(source) as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 24)
 
 
 @contextlib.contextmanager
@@ -111,65 +156,199 @@ def _check_client(text: str, scheme: str) -> None:
 
 
 def _check_target(path: AnyPath, overwrite: bool, marks: Sequence[str], field: str) -> None:
-    if path.exists() and not overwrite:
+    """Raises `UserError` if `path` may not be written."""
+    local = not isinstance(path, epath.Path)
+    if not (os.path.lexists(path) if local else path.exists()):
+        return
+    if not overwrite:
         raise UserError(f"`{field}` {path}: already exists; choose another name or pass `overwrite`")
-    if path.is_dir() and any(path.iterdir()) and not any((path / f).is_file() for f in marks):
+    if local and path.is_symlink():
+        raise UserError(f"`{field}` {path}: is a link; expected a folder, or nothing; name the folder that it leads to")
+    if local and not path.is_dir():
+        raise UserError(f"`{field}` {path}: is no folder, and is not replaced by one; choose another name")
+    if path.is_dir() and not _may_go(path, marks):
         raise UserError(
             f"`{field}` {path}: holds something else (there is no {' or '.join(marks)} in it); choose another name"
         )
 
 
-@contextlib.contextmanager
-def _renamed(path: Path, marks: Sequence[str], field: str) -> Iterator[Path]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as e:
-        raise UserError(f"`{field}` {path}: cannot write there ({e.strerror}); choose a folder you may write to") from e
-    try:
-        yield work
-        work.chmod(0o755)
-        old = path.with_name(f"{work.name}.old")
-        if path.exists():
-            path.rename(old)
-        work.rename(path)
-        if old.is_dir():
-            shutil.rmtree(old)
-        elif old.exists():
-            old.unlink()
-    except OSError as e:
-        raise UserError(
-            f"`{field}` {path}: writing failed ({e.strerror or e}); nothing was changed; free space or choose another disk"
-        ) from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _may_go(path: AnyPath, marks: Sequence[str] = ()) -> bool:
+    """Whether `path` is a folder, no link to one, that is empty or holds a file of `marks`; if none are given, whatever it holds."""
+    if isinstance(path, Path) and (path.is_symlink() or not path.is_dir()):
+        return False
+    return not marks or not any(path.iterdir()) or any((path / mark).is_file() for mark in marks)
+
+
+def _absolute(path: Path) -> Path:
+    """`path` with a name, also if it was "." or ended in ".."; links stay."""
+    return Path(os.path.abspath(path))
+
+
+def _lock(target: Path) -> Path:
+    """The file that the writer of `target` holds."""
+    return target.with_name(f".{target.name}.lock")
+
+
+def _new_folder(target: Path, mode: int = 0o700) -> Path:
+    """A new folder beside `target` that belongs to its writer."""
+    work = target.with_name(f".{target.name}.dynaip-{secrets.token_hex(4)}.part")
+    work.mkdir(mode)
+    return work
 
 
 @contextlib.contextmanager
-def _uploaded(path: epath.Path, marks: Sequence[str], field: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
+def _working(path: AnyPath, marks: Sequence[str], field: str) -> Iterator[Path]:
+    """A new folder in which `path` is made, while no other process makes it."""
+
+    def held(holder: str) -> UserError:
+        return UserError(
+            f"`{field}` {path}: is being written by {holder}; wait until that has ended, or choose another name"
+        )
+
+    if isinstance(path, Path):
+        target = _absolute(path)
+    else:  # made here, then copied there
+        digest = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
+        target = Path(tempfile.gettempdir()) / f"dynaip-{os.getuid()}-{digest}"
+    with contextlib.ExitStack() as stack:
         try:
-            yield Path(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(_lock(target), held))
+            _tidy(target, marks)
+            work = _new_folder(target, 0o777 if isinstance(path, Path) else 0o700)
         except OSError as e:
             raise UserError(
-                f"`{field}` {path}: writing failed ({e.strerror or e}); nothing was changed; free space in {folder}, or set "
-                "TMPDIR to a folder on another disk"
+                f"`{field}` {path}: cannot write there ({e.strerror}); choose a folder you may write to"
             ) from e
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        yield work
+
+
+def _tidy(target: Path, marks: Sequence[str]) -> None:
+    """Removes what killed writers of `target` left beside it; the caller holds its lock.
+
+    What was half written goes, and an old folder that a new one has replaced. One that was moved aside, and whose place is empty,
+    comes back.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.dynaip-[0-9a-f]{{8}}\.(part|old)")
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.dynaip-*")):
+        kind = pattern.fullmatch(path.name)
+        if kind is None:
+            continue
+        if kind[1] == "old" and not os.path.lexists(target):
+            move_new(path, target)
+        elif _may_go(path, marks if kind[1] == "old" else ()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _put(work: Path, path: Path, overwrite: bool, marks: Sequence[str], field: str) -> None:
+    """Gives the finished folder `work` its name. What stands there is looked at again under a name that only this process knows, so
+    that nothing goes which came meanwhile."""
+    target = _absolute(path)
+    if not overwrite or not os.path.lexists(target):
         try:
-            for mark in marks:  # first, so that what is left of an old folder is never taken for a whole one
-                (path / mark).unlink(missing_ok=True)
-            path.rmtree(missing_ok=True)
-            copy_tree(Path(folder), path, last=marks)
-        except Exception as e:  # each client of a bucket raises its own
-            reason = " ".join(str(e).split())[:160] or type(e).__name__
-            raise UserError(
-                f"`{field}` {path}: writing failed ({reason}); what lies there now is not whole; check that you may write "
-                "there, remove it and write again"
-            ) from e
+            move_new(work, target)
+        except FileExistsError as e:
+            raise _kept(work, path, field) from e
+    else:
+        _swap(work, target, marks, lambda: _kept(work, path, field))
+    sync(target.parent)
+
+
+def _swap(work: Path, target: Path, marks: Sequence[str], kept: Callable[[], UserError]) -> None:
+    """Puts `work` in the place of `target`, which goes; raises `kept()` if `target` is not what may go."""
+    if not _may_go(target, marks):
+        raise kept()
+    old = work.with_suffix(".old")
+    work.rename(old)
+    if exchange(old, target):
+        if not _may_go(old, marks):
+            exchange(old, target)
+            old.rename(work)
+            raise kept()
+    else:  # two renames; `_tidy` puts right what a kill between them leaves
+        old.rename(work)
+        target.rename(old)
+        try:
+            if not _may_go(old, marks):
+                raise FileExistsError
+            move_new(work, target)
+        except FileExistsError as e:
+            with contextlib.suppress(FileExistsError):
+                move_new(old, target)
+            raise kept() from e
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _kept(work: Path, path: AnyPath, field: str) -> UserError:
+    """Moves a finished folder to a free name beside `path`, whose own is taken; what is to be said of it."""
+    numbers = itertools.count(1)
+    while True:
+        place = path.with_name(f"{path.name}-{next(numbers)}")
+        try:
+            if isinstance(place, Path):
+                move_new(work, _absolute(place))
+            elif place.exists():
+                continue
+            else:
+                copy_tree(work, place)
+        except FileExistsError:
+            continue
+        return UserError(
+            f"`{field}` {path}: something else came there while this was written, and was left alone; what was written is whole in "
+            f"{place}; rename it"
+        )
+
+
+def _upload(work: Path, path: epath.Path, overwrite: bool, marks: Sequence[str], field: str) -> None:
+    """Copies a finished folder into a bucket, where nothing can be renamed: the old one goes first."""
+    try:
+        _check_target(path, overwrite, marks, field)
+    except UserError as e:
+        raise _kept(work, path, field) from e
+    try:
+        for mark in marks:  # first, so that what is left of an old folder is never taken for a whole one
+            (path / mark).unlink(missing_ok=True)
+        path.rmtree(missing_ok=True)
+        copy_tree(work, path, last=marks)
+    except Exception as e:  # each client of a bucket raises its own
+        reason = " ".join(str(e).split())[:160] or type(e).__name__
+        raise UserError(
+            f"`{field}` {path}: writing failed ({reason}); what lies there now is not whole; check that you may write "
+            "there, remove it and write again"
+        ) from e
+
+
+@contextlib.contextmanager
+def _opened(path: AnyPath) -> Iterator[IO[bytes]]:
+    """A file to read. Raises `UserError` if it is a link, or neither link nor file, whatever it was a moment ago."""
+    if not isinstance(path, Path):
+        with path.open("rb") as reader:
+            yield reader
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise _no_file(path) from e
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(path)
+    with os.fdopen(descriptor, "rb") as reader:
+        yield reader
+
+
+def _no_file(path: AnyPath) -> UserError:
+    return UserError(
+        f"{path}: a link, or no plain file; expected plain files and folders; put a copy there, or remove it"
+    )
 
 
 def _files(folder: AnyPath) -> Iterator[AnyPath]:
     for entry in sorted(folder.iterdir()):
+        if isinstance(entry, Path) and entry.is_symlink():
+            raise _no_file(entry)
         if entry.is_dir():
             yield from _files(entry)
         else:

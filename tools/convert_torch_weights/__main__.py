@@ -6,7 +6,6 @@ python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vi
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from dynaip_jax.commandline import argument, parse, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
-from dynaip_jax.storage.folders import reserve, sha256_of
+from dynaip_jax.storage.folders import reserve, scratch, sha256_of
 from tools.convert_torch_weights.registry import LAYOUTS
 from tools.convert_torch_weights.sources import Source, Sources, clip_vision, read
 
@@ -99,14 +98,14 @@ def _converted(components: Mapping[str, Source], out: Path, dtype: str) -> Itera
     """Converts one component at a time; large leaves are memory-mapped files beside `out` that go away afterwards."""
     for name, source in components.items():
         print(f"{name}: converting", file=sys.stderr)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
+        with scratch(out) as staging:
             count = iter(range(1_000_000))
 
             def empty(shape, leaf_dtype, staging=staging, count=count):
                 size = int(np.prod(shape)) * np.dtype(leaf_dtype).itemsize
                 if size < STAGING_FROM:
                     return np.empty(shape, leaf_dtype)
-                path = Path(staging) / str(next(count))
+                path = staging / str(next(count))
                 array = np.memmap(path, dtype=leaf_dtype, mode="w+", shape=shape)
                 reserve(path)
                 return array

@@ -1,0 +1,134 @@
+"""One writer at a time: a file that says who holds it, and of which the system lets go when that process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dynaip_jax.errors import UserError
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}  # a file system without locks
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+SETTLE = 0.5  # seconds after which two that began at once see each other, where the file system has no locks
+
+
+@contextlib.contextmanager
+def hold(file: Path, refusal: Callable[[str], UserError]) -> Iterator[None]:
+    """Holds the lock `file` while the block runs, then removes it.
+
+    Raises `refusal(holder)` at once if another process, or another thread, holds it. A file left by a process that was killed is no
+    lock. Where the file system has no locks, the file counts as long as its process lives; whether one on another host does cannot
+    be known, and the refusal says which file to delete if it does not.
+    """
+    lock, locked = _opened(file)
+    try:
+        if locked is False:
+            raise refusal(_told(_facts(file)))
+        if locked is None and _may_live(_facts(file)):
+            raise refusal(f"{_told(_facts(file))}; if it has ended, delete {file}")
+        own = dict(host=socket.gethostname(), pid=os.getpid(), began=_began(os.getpid()), since=time.time())
+        os.ftruncate(lock, 0)
+        try:
+            os.pwrite(lock, json.dumps(own).encode(), 0)
+            if locked is None:
+                time.sleep(SETTLE)
+                locked = _facts(file) == own
+                if not locked:
+                    raise refusal(_told(_facts(file)))
+            yield
+        finally:
+            if locked:
+                file.unlink(missing_ok=True)  # while it is held: who opened it a moment ago sees that it is gone
+    finally:
+        os.close(lock)
+
+
+def holder_of(file: Path) -> str | None:
+    """Who holds the lock `file`; None if nobody does. Changes nothing."""
+    try:
+        lock = os.open(file, os.O_RDONLY | _NO_LINK)
+    except OSError:
+        return None
+    try:
+        locked = _locked(lock, fcntl.LOCK_SH)
+        held = locked is False or (locked is None and _may_live(_facts(file)))
+        return _told(_facts(file)) if held else None
+    finally:
+        os.close(lock)
+
+
+def _opened(file: Path) -> tuple[int, bool | None]:
+    """The open file, and whether it is locked now; None where there are no locks."""
+    while True:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
+        try:
+            locked = _locked(lock, fcntl.LOCK_EX)
+            if not locked or os.path.samestat(os.fstat(lock), os.stat(file)):
+                return lock, locked
+        except FileNotFoundError:
+            pass  # its holder has just removed it
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _locked(file: int, kind: int) -> bool | None:
+    """Locks an open file: True; False if another has; None where there are no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """What the lock says of its holder; empty if it says nothing."""
+    try:
+        with open(file, "rb") as f:
+            facts = json.loads(f.read(4096))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _told(facts: dict[str, Any]) -> str:
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))
+        host = "".join(c for c in str(facts["host"])[:60] if c.isprintable())
+        return f"process {int(facts['pid'])} on {host} since {since}"
+    except (KeyError, ValueError, TypeError, OverflowError, OSError):
+        return "another process"
+
+
+def _may_live(facts: dict[str, Any]) -> bool:
+    """Whether the process that `facts` tell of can be alive."""
+    if facts.get("host") != socket.gethostname():
+        return bool(facts)
+    try:
+        os.kill(facts["pid"], 0)
+    except PermissionError:
+        return True
+    except (OSError, KeyError, TypeError, OverflowError):
+        return False
+    return facts.get("began") == _began(facts["pid"])
+
+
+def _began(pid: int) -> str:
+    """When a process began, in the system's own ticks: a later one may have the same number. Empty where that is not told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
