@@ -16,10 +16,15 @@ import numpy as np
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.codec import from_dict
-from dynaip_jax.storage.folders import AnyPath, as_path, copy_tree, replacing
+from dynaip_jax.storage.folders import AnyPath, as_path, copy_file, copy_tree, replacing
 from dynaip_jax.storage.manifest import BUNDLE_FILE, MANIFESTS, fingerprint, flatten, read_manifest, write_manifest
 
 KIND = "dynaip-bundle"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
+)  # fmt: skip
+LARGEST_TOKENIZER_FILE = 1 << 27  # bytes
 
 
 def save_params(folder: Path, params: Mapping[str, Any]) -> None:
@@ -140,7 +145,7 @@ def write_bundle(
 ) -> None:
     """Writes a bundle; `components` is consumed one at a time, so that only one needs to be in memory.
 
-    `tokenizers`: name -> the folder whose files are copied; the other arguments go into `bundle.json` as they are.
+    `tokenizers`: name -> the folder whose `TOKENIZER_FILES` are copied; the other arguments go into `bundle.json` as they are.
     """
     with replacing(path, overwrite=overwrite, marks=MANIFESTS) as work:
         entries, base = {}, None
@@ -156,11 +161,36 @@ def write_bundle(
             if c.name == "transformer":
                 base = fingerprint(c.params)
         for name, folder in tokenizers.items():
-            copy_tree(folder, work / "tokenizers" / name)
+            _copy_tokenizer(folder, work / "tokenizers" / name)
         content = dict(
             family=family, fingerprint=base, components=entries, schedule=schedule, text=text, defaults=defaults
         )
         write_manifest(work / BUNDLE_FILE, KIND, content)
+
+
+def _copy_tokenizer(source: AnyPath, target: Path) -> None:
+    """Copies the files that tokenizers are read from, and no others. Raises `UserError` for one that is larger than any, or a link; but
+    those of a downloaded snapshot, which lead to its own files, are followed."""
+    for name in TOKENIZER_FILES:
+        file = _of_snapshot(source / name)
+        if not (os.path.lexists(file) if isinstance(file, Path) else file.is_file()):
+            continue
+        size = file.lstat().st_size if isinstance(file, Path) else file.stat().length
+        if size > LARGEST_TOKENIZER_FILE:
+            raise UserError(
+                f"{source / name}: {size} bytes; expected at most {LARGEST_TOKENIZER_FILE} of a tokenizer's file; download it again"
+            )
+        copy_file(file, target / name)
+
+
+def _of_snapshot(path: AnyPath) -> AnyPath:
+    """The file that `path` leads to if it is a link in MODEL/snapshots/REVISION/ into MODEL/blobs/, as huggingface_hub lays out what it
+    downloads; otherwise `path`."""
+    if not isinstance(path, Path) or not path.is_symlink():
+        return path
+    folder, file = path.parent.resolve(), path.resolve()
+    models = [p.parent.parent for p in (folder, *folder.parents) if p.parent.name == "snapshots"]
+    return file if any(file.parent == model / "blobs" for model in models) else path
 
 
 def replace_component(
@@ -177,7 +207,7 @@ def replace_component(
     is given; `origin` says where they came from."""
     with replacing(path, overwrite=overwrite, marks=MANIFESTS, field="bundle") as work:
         for part in bundle.path.iterdir():
-            if part.is_dir() and part.name != name:
+            if part.name in {"tokenizers", *bundle.manifest["components"]} - {name}:
                 copy_tree(part, work / part.name)
         save_params(work / name, params)
         manifest = json.loads(json.dumps(bundle.manifest))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.bundle import Bundle, NewComponent, replace_component, write_bundle
+from dynaip_jax.storage.bundle import LARGEST_TOKENIZER_FILE, Bundle, NewComponent, replace_component, write_bundle
 from dynaip_jax.storage.folders import as_path, copy_tree
 from dynaip_jax.storage.manifest import BUNDLE_FILE, fingerprint, flatten
 
@@ -130,3 +131,73 @@ def test_weights_that_do_not_fit(tmp_path):
     shutil.rmtree(bundle.path / "vae")
     with pytest.raises(UserError, match="vae: missing; expected the weights of vae"):
         bundle.load("vae", target(params(1)))
+
+
+def written_with(tokenizer, path):
+    """The tokenizer's files in a bundle that is made with the folder `tokenizer`."""
+    part = NewComponent("transformer", dict(width=4), params(0), [])
+    facts = dict(family="flux", schedule={}, text={}, defaults={})
+    write_bundle(path, [part], **facts, tokenizers=dict(t5=tokenizer))
+    return {file.name: file.read_text() for file in (path / "tokenizers" / "t5").iterdir()}
+
+
+def test_of_a_tokenizer_known_files_are_taken(tmp_path):
+    folder = tmp_path / "words"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("tokenizer.json", "spiece.model", "pytorch_model.bin", "id_rsa", "deep/vocab.json"):
+        (folder / name).write_text(name)
+    (folder / "surplus").symlink_to("/etc/passwd")
+    assert written_with(folder, tmp_path / "bundle").keys() == {"tokenizer.json", "spiece.model"}
+
+
+@pytest.mark.parametrize("kind", ["secret", "dead link", "fifo", "folder", "large", "blobs of another"])
+def test_no_link_is_followed_out_of_a_tokenizer(tmp_path, kind):
+    folder, secret = tmp_path / "model" / "snapshots" / "1" / "tokenizer", tmp_path / "secret"
+    folder.mkdir(parents=True)
+    secret.write_text("mine")
+    bad, found = folder / "tokenizer.json", "a link, or no plain file"
+    if kind == "fifo":
+        os.mkfifo(bad)
+    elif kind == "folder":
+        bad.mkdir()
+    elif kind == "large":
+        with open(bad, "wb") as file:
+            file.truncate(LARGEST_TOKENIZER_FILE + 1)
+        found = f"{LARGEST_TOKENIZER_FILE + 1} bytes; expected at most"
+    elif kind == "blobs of another":
+        (tmp_path / "mine").mkdir()
+        secret.rename(tmp_path / "mine" / "key")
+        (tmp_path / "model" / "blobs").symlink_to(tmp_path / "mine")
+        bad.symlink_to("../../../blobs/key")
+    else:
+        bad.symlink_to(secret if kind == "secret" else "nowhere")
+    with pytest.raises(UserError, match=f"tokenizer.json: {found}"):
+        written_with(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_downloaded_snapshot_links_to_its_own_files(tmp_path):
+    model = tmp_path / "models--a--b"
+    folder = model / "snapshots" / "1" / "tokenizer"
+    folder.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    (model / "blobs" / "abc").write_text("{}")
+    (folder / "tokenizer.json").symlink_to("../../../blobs/abc")
+    assert written_with(folder, tmp_path / "bundle") == {"tokenizer.json": "{}"}
+
+
+def test_of_a_bundle_components_and_tokenizers_are_copied(tmp_path):
+    bundle = write(tmp_path / "bundle")
+    (bundle.path / "secrets").mkdir()
+    replace_component(bundle, tmp_path / "new", "transformer", params(7), {})
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "bundle.json",
+        "tokenizers",
+        "transformer",
+        "vae",
+    ]
+    shutil.rmtree(bundle.path / "vae")
+    (bundle.path / "vae").symlink_to("/etc")
+    with pytest.raises(UserError, match="vae: a link, or no plain file"):
+        replace_component(bundle, tmp_path / "newer", "transformer", params(7), {})
+    assert not (tmp_path / "newer").exists()
