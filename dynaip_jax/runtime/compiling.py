@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dynaip_jax.runtime.repairing import repair
+
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 # what else JAX is to know of its cache, unless the user says otherwise: programs worth keeping, in seconds; bytes of all of them
 DEFAULTS = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1, JAX_COMPILATION_CACHE_MAX_SIZE=4 * 2**30)
@@ -17,10 +19,13 @@ QUICK = dict(exec_time_optimization_effort=-1.0)
 
 def keep_compiled() -> None:
     """Has JAX keep what it compiles in the folder that `JAX_COMPILATION_CACHE_DIR` names (empty: not at all), by default
-    `$XDG_CACHE_HOME/dynaip_jax/compiled`, 4 GiB at most. Does not import JAX, which reads the variables when it is imported."""
+    `$XDG_CACHE_HOME/dynaip_jax/compiled`, 4 GiB at most. Does not import JAX, which reads the variables when it is imported. What a
+    kill or a full disk left damaged there is removed."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     settings: dict[str, Any] = {VARIABLE: str(Path(home, "dynaip_jax", "compiled"))} | DEFAULTS
     for name, usual in settings.items():
         value = os.environ.setdefault(name, str(usual))
         if "jax" in sys.modules:
             sys.modules["jax"].config.update(name.lower(), type(usual)(value))
+    if (folder := os.environ[VARIABLE]) and "://" not in folder:
+        repair(Path(folder))
