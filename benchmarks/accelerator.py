@@ -57,13 +57,13 @@ def main() -> int:
     size = args.size or _usual_size()
     result: dict[str, Any] = dict(size=size, machine=platform.processor() or platform.machine())
     for name in ("ours", "theirs"):
-        with tempfile.TemporaryFile("w+") as said:
+        with tempfile.TemporaryFile("w+") as errors:
             command = [sys.executable, "-m", "benchmarks.accelerator", "--only", name, "--size", size]
             child = subprocess.run(
-                [*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, stderr=said, text=True
+                [*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, stderr=errors, text=True
             )
-            said.seek(0)
-            lines = said.read().strip().splitlines()
+            errors.seek(0)
+            lines = errors.read().strip().splitlines()
         if child.returncode:
             result[name] = dict(not_measured=lines[-1] if lines else f"exit status {child.returncode}")
         else:
@@ -81,8 +81,8 @@ def main() -> int:
 def _usual_size() -> str:
     """Asked in a process of its own: JAX would take the accelerator's memory here."""
     asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=True)
-    return "small" if found.stdout.strip() == "cpu" else "full"
+    child = subprocess.run(asked, capture_output=True, text=True, check=True)
+    return "small" if child.stdout.strip() == "cpu" else "full"
 
 
 def _median(run: Callable[[], Any], repeats: int) -> float:

@@ -100,7 +100,7 @@ def _records(side: int, kind: str) -> list[Record]:
     """Three photographs, 16 times each."""
     from skimage import data
 
-    found = []
+    records = []
     for number in range(48):
         photo = Image.fromarray((data.chelsea, data.coffee, data.astronaut)[number % 3]())
         scale = side / max(photo.size)
@@ -112,8 +112,8 @@ def _records(side: int, kind: str) -> list[Record]:
         record = check(Row(number + 1, picture, picture, "a photograph"), Limits())
         if not isinstance(record, Record):
             raise ValueError(f"--side {side}: {record.reason}")
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
 def _rate(call: Callable[[int], Any], rows: Iterator[int], seconds: float) -> float:

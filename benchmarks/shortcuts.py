@@ -43,7 +43,7 @@ def main() -> int:
     args = parser.parse_args()
     model, adapter = default.paths()
     judge = read_tree(default.JUDGE)
-    known = calibrate(judge, 1)
+    calibration = calibrate(judge, 1)
     cases = make_cases(1, args.seed, args.num)
     pipes = {kind: DynaIPPipeline.load(model, adapter, weights=kind) for kind in ("full", "int8", "fp8")}
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in ROWS}
@@ -59,11 +59,11 @@ def main() -> int:
                 seconds[name] += time.perf_counter() - start
                 cached[name] += result.settings.get("cached_steps", 0) / result.settings["steps"] / args.num
                 pictures[name].append(np.asarray(result.images[0]))
-    found, full = {}, np.stack(pictures["in full"]).astype(float)
+    rows, full = {}, np.stack(pictures["in full"]).astype(float)
     for name in ROWS:
         drawn = np.stack(pictures[name])
-        cp, pf = scores(judge, drawn, cases, known)
-        found[name] = dict(
+        cp, pf = scores(judge, drawn, cases, calibration)
+        rows[name] = dict(
             cp=cp.mean(), pf=pf.mean(), cp_pf=(cp * pf).mean(), difference=np.abs(drawn - full).mean(),
             cached=cached[name], time=seconds[name] / seconds["in full"],
         )  # fmt: skip
@@ -71,7 +71,7 @@ def main() -> int:
         dict(
             num=args.num,
             seed=args.seed,
-            rows={k: {m: round(float(x), 4) for m, x in v.items()} for k, v in found.items()},
+            rows={k: {m: round(float(x), 4) for m, x in v.items()} for k, v in rows.items()},
         ),
         indent=1,
     )

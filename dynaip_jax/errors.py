@@ -18,8 +18,8 @@ class UserError(Exception):
     @property
     def field(self) -> str | None:
         """The option that the message names first; None if it names none."""
-        found = FIELD.search(str(self))
-        return found[1] if found else None
+        match = FIELD.search(str(self))
+        return match[1] if match else None
 
     def told(self, name: Callable[[str], str]) -> str:
         """The message on one line, with `name(option)` in place of each option in backticks."""

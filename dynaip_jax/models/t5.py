@@ -44,8 +44,8 @@ class T5Config:
         if self.relative_attention_num_buckets % 4:
             raise ValueError(f"{buckets} {self.relative_attention_num_buckets}: expected a multiple of 4")
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
-            found = self.relative_attention_max_distance
-            raise ValueError(f"{distance} {found}: expected more than a quarter of {buckets}")
+            longest = self.relative_attention_max_distance
+            raise ValueError(f"{distance} {longest}: expected more than a quarter of {buckets}")
 
     @classmethod
     def xxl(cls, **changes) -> T5Config:

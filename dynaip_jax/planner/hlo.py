@@ -69,15 +69,15 @@ def count(hlo: str) -> Counts:
 
 def _parse(hlo: str) -> dict[str, dict[str, Op]]:
     """Computation -> its instructions by name; the main computation is called ENTRY."""
-    found: dict[str, dict[str, Op]] = {}
+    computations: dict[str, dict[str, Op]] = {}
     ops: dict[str, Op] = {}
     for line in hlo.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
         if head and not line.startswith(" "):
-            ops = found.setdefault("ENTRY" if head[1] else head[2], {})
+            ops = computations.setdefault("ENTRY" if head[1] else head[2], {})
         elif op := re.match(r"  (?:ROOT )?%?(\S+) = (.+?) ([a-z][\w\-]*)\((.*?)\)(?:,|$)", line):
             ops[op[1]] = Op(op[1], op[2], op[3], re.findall(r"%([\w.\-]+)", op[4]), line.strip())
-    return found
+    return computations
 
 
 # --- loops
@@ -86,15 +86,15 @@ def _parse(hlo: str) -> dict[str, dict[str, Op]]:
 def _rounds(loop: Op, ops: Ops, computations: Mapping[str, Ops]) -> int:
     """How often a while loop goes round: as the compiler says, or from start, limit and step of the counter that its condition
     compares; 1 if it has none."""
-    if known := _said(r'known_trip_count":\{"n":"(\d+)"', loop):
-        return int(known[0])
+    if trips := _groups(r'known_trip_count":\{"n":"(\d+)"', loop):
+        return int(trips[0])
     called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.line))
     condition, body = computations[called["condition"]], computations[called["body"]]
     limits = [value for name in condition if (value := _constant(condition, name)) is not None]
     counters = [op for op in condition.values() if op.kind == "get-tuple-element" and re.match(r"[su]32\[\]", op.shape)]
     if not limits or not counters:
         return 1
-    place = int(_said(r"index=(\d+)", counters[0])[0])
+    place = int(_groups(r"index=(\d+)", counters[0])[0])
     start = _constant(ops, ops[loop.operands[0]].operands[place]) or 0
     after = body[next(op for op in body.values() if op.line.startswith("ROOT")).operands[place]]
     steps = [value for name in after.operands if (value := _constant(body, name)) is not None]
@@ -106,14 +106,14 @@ def _constant(ops: Ops, name: str) -> int | None:
     op = ops.get(name)
     if op is not None and op.kind in ("copy", "bitcast", "copy-done", "copy-start"):
         return _constant(ops, op.operands[0])
-    found = op and re.search(r" [su]32\[\]\S* constant\((-?\d+)\)", op.line)
-    return int(found[1]) if found else None
+    match = op and re.search(r" [su]32\[\]\S* constant\((-?\d+)\)", op.line)
+    return int(match[1]) if match else None
 
 
-def _said(pattern: str, op: Op) -> tuple[str, ...]:
+def _groups(pattern: str, op: Op) -> tuple[str, ...]:
     """The groups of `pattern` where it is in an instruction's line; none if it is not."""
-    found = re.search(pattern, op.line)
-    return found.groups() if found else ()
+    match = re.search(pattern, op.line)
+    return match.groups() if match else ()
 
 
 # --- sizes
@@ -138,13 +138,13 @@ def _received(kind: str, op: Op) -> int:
     if kind == "all-reduce":
         return 2 * size
     if kind == "reduce-scatter":
-        return size * math.prod(map(int, _said(r"replica_groups=\[\d+,(\d+)\]", op)))
+        return size * math.prod(map(int, _groups(r"replica_groups=\[\d+,(\d+)\]", op)))
     return size
 
 
 def _dot(op: Op, ops: Ops) -> int:
     sizes = _dims(ops, op.operands[0])
-    joined = [sizes[int(d)] for axes in _said(r"lhs_contracting_dims=\{([\d,]+)\}", op) for d in axes.split(",")]
+    joined = [sizes[int(d)] for axes in _groups(r"lhs_contracting_dims=\{([\d,]+)\}", op) for d in axes.split(",")]
     return 2 * math.prod(_dims(ops, op.name)) * math.prod(joined)
 
 
@@ -152,8 +152,8 @@ def _convolution(op: Op, ops: Ops) -> int:
     """Of the positions where the kernel meets the picture itself and not its padding: on TPUs plain products are convolutions too,
     whose batch axes are such windows."""
     picture, kernel, out = (_dims(ops, name) for name in (*op.operands[:2], op.name))
-    picture_axes, kernel_axes, out_axes = _said(r"dim_labels=(\w+)_(\w+)->(\w+)", op)
-    options = dict(part.split("=") for window in _said(r"window=\{(.*?)\}", op) for part in window.split())
+    picture_axes, kernel_axes, out_axes = _groups(r"dim_labels=(\w+)_(\w+)->(\w+)", op)
+    options = dict(part.split("=") for window in _groups(r"window=\{(.*?)\}", op) for part in window.split())
     total = 2 * out[out_axes.index("b")] * out[out_axes.index("f")] * kernel[kernel_axes.index("i")]
     for d, axis in enumerate(sorted(c for c in out_axes if c.isdigit())):
 

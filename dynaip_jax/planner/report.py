@@ -104,8 +104,8 @@ def _roofline(
 
 def _refusal(message: str) -> str:
     """What the compiler says of memory, in a line."""
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", message)
-    return f"needs {found[1]} of {found[2]} {found[3]}" if found else " ".join(message.split())[:200]
+    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", message)
+    return f"needs {match[1]} of {match[2]} {match[3]}" if match else " ".join(message.split())[:200]
 
 
 def _bytes_per_chip(tree: Any) -> int:
@@ -142,8 +142,8 @@ def text(report: dict[str, Any]) -> str:
             parts = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in p["seconds"].items())
             lines.append(f"    at best {p['roofline_seconds'] * 1e3:.1f} ms ({parts})")
     used, available = report["hbm"]["used"], report["hbm"]["available"]
-    there = "of an unknown amount" if available is None else f"of {available / GIB:.1f}"
-    lines += ["", f"memory: {used / GIB:.2f} {there} GiB a chip"]
+    capacity = "of an unknown amount" if available is None else f"of {available / GIB:.1f}"
+    lines += ["", f"memory: {used / GIB:.2f} {capacity} GiB a chip"]
     if report["step_seconds"]:
         lines.append(
             f"at best {report['step_seconds']:.3f} s a step, {report['images_per_second']:.3g} images/s (by the data sheet)"

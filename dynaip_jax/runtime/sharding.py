@@ -69,12 +69,12 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
-    known = math.prod(s for s in sizes if s != -1)
+    given = math.prod(s for s in sizes if s != -1)
     asked = f"mesh data x fsdp x tensor = {config.data} x {config.fsdp} x {config.tensor}"
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"{asked}: expected positive numbers and at most one -1; correct --mesh.data, .fsdp or .tensor")
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
     if math.prod(sizes) != len(devices):
         raise UserError(f"{asked}: does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices))

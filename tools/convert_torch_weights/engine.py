@@ -112,14 +112,14 @@ def source_shapes(table: Table) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_names(component: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `UserError` with both sides if `found` and `expected` (name -> shape) differ in any name or shape."""
-    missing = [f"{n} {list(expected[n])}" for n in expected if n not in found]
-    unexpected = [f"{n} {list(found[n])}" for n in found if n not in expected]
+def check_names(component: str, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `UserError` with both sides if `stored` and `expected` (name -> shape) differ in any name or shape."""
+    missing = [f"{n} {list(expected[n])}" for n in expected if n not in stored]
+    unexpected = [f"{n} {list(stored[n])}" for n in stored if n not in expected]
     wrong = [
-        f"{n}: found {list(found[n])}, expected {list(s)}"
+        f"{n}: found {list(stored[n])}, expected {list(s)}"
         for n, s in expected.items()
-        if n in found and tuple(found[n]) != s
+        if n in stored and tuple(stored[n]) != s
     ]
     problems = []
     for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):

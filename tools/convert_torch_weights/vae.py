@@ -113,9 +113,9 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
     }
     wrong = []
     for field, (default, wanted) in expected.items():
-        found = hf.get(field, default)
-        if (list(found) if isinstance(found, tuple) else found) != wanted:
-            wrong.append(f"{field} {found!r}, expected {wanted!r}")
+        value = hf.get(field, default)
+        if (list(value) if isinstance(value, tuple) else value) != wanted:
+            wrong.append(f"{field} {value!r}, expected {wanted!r}")
     if not widths or any(w < 1 or w % widths[0] for w in widths):
         wrong.append(f"block_out_channels {widths}, expected multiples of the first")
     if wrong:
