@@ -29,6 +29,7 @@ from dynaip_jax.errors import UserError
 
 T = TypeVar("T")
 Main = Callable[[Sequence[str]], int | None]
+AST_TRIES = 5
 WIDTH = "100000"  # columns of what tyro complains of, so that it breaks no word
 
 
@@ -99,11 +100,23 @@ def run_tyro(kind: Any, words: Sequence[str], *, see: str, **options: Any) -> An
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _wide_unless({"-h", "--help"} & set(words)):
-            return tyro.cli(kind, args=words, **options)
+            return _retried(lambda: tyro.cli(kind, args=words, **options))
     except SystemExit as e:
         if not e.code:
             raise
         raise UserError(f"{_one_line(complaint.getvalue())}; see {see} --help") from e
+
+
+def _retried(call: Callable[[], T]) -> T:
+    """`call()`, again if another thread compiled Python code at the same moment: tyro reads sources, and CPython 3.11 counts the
+    depth of its parsers of all threads together and then raises SystemError ("AST constructor recursion depth mismatch")."""
+    for _ in range(AST_TRIES - 1):
+        try:
+            return call()
+        except SystemError as e:
+            if "recursion depth mismatch" not in str(e):
+                raise
+    return call()
 
 
 @contextlib.contextmanager

@@ -110,3 +110,26 @@ def test_errors_name_flags(capsys):
 
 def test_run_tyro_takes_any_type():
     assert run_tyro(Arguments, ("--box", "b", "--item", "a", "c"), see="pack").item == ("a", "c")
+
+
+def test_a_parser_beside_another_thread_is_tried_again(monkeypatch):
+    """CPython 3.11 raises this where two threads parse source at once."""
+    import tyro
+
+    calls, cli = [], tyro.cli
+
+    def failing(*args, **options):
+        calls.append(args)
+        if len(calls) < 3:
+            raise SystemError("AST constructor recursion depth mismatch (before=195, after=20)")
+        return cli(*args, **options)
+
+    monkeypatch.setattr("tyro.cli", failing)
+    assert run_tyro(Arguments, ("--box", "b", "--item", "a"), see="pack").item == ("a",) and len(calls) == 3
+
+    def broken(*args, **options):
+        raise SystemError("something else")
+
+    monkeypatch.setattr("tyro.cli", broken)
+    with pytest.raises(SystemError, match="something else"):
+        run_tyro(Arguments, ("--box", "b"), see="pack")
