@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from train.config import TrainConfig
+from train.config import TrainConfig, moved
 from train.evaluators import Due
+from train.metrics import say
 from train.run import Run
 from train.stopping import barrier
-from train.workdir import check_workdir, claim_workdir
+from train.workdir import check_workdir, claim_workdir, holds_run, read_config
 
 
 @contextlib.contextmanager
@@ -26,13 +27,15 @@ def assembled(
     run = Run(config, workdir)
     with contextlib.closing(run):
         run.check_batch()
-        check_workdir(run.workdir, config, run.bundle.fingerprint, resume=resume, overwrite=overwrite)
+        check_workdir(run.workdir, config, run.identity, resume=resume, overwrite=overwrite)
+        for line in moved(read_config(run.workdir), config) if resume and holds_run(run.workdir) else ():
+            say(f"{line} (its content is the same)")
         for part in ("constants", "frozen", "data"):
             getattr(run, part)
         run.evaluators = shipped(run)
         barrier("all have checked")
         if jax.process_index() == 0:
-            claim_workdir(run.workdir, config, run.bundle.fingerprint, overwrite=overwrite)
+            claim_workdir(run.workdir, config, run.identity, overwrite=overwrite)
         barrier("workdir")
         yield run
 

@@ -68,7 +68,7 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     run = Run(config)
     dataset = open_dataset(config.data.path)
     order = make_order(config.data, dataset, config.batch)
-    facts = features.facts(config.data, order, run.encoder_identity, config.dtype)
+    facts = features.facts(config.data, order, run.encoder_identity, config.dtype, dataset.content)
     manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=facts)
     with replacing(out, overwrite=overwrite, marks=(features.FILE,)) as folder:
         store = features.Store(folder, config.dtype)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynaip_jax.commandline import run_tyro
-from dynaip_jax.data.config import DataConfig
+from dynaip_jax.data.config import PATH, DataConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.sharding import MeshConfig
 
 # Metadata of fields that may differ between a run and its resumption: they change neither a value that is trained nor its
-# order. Of a nested config either all fields, or those named.
+# order. Of a nested config either all fields, or those named. Where a dataset, its features or a bundle lie may differ too.
 RESUMABLE = dict(resumable=True)
 
 
@@ -99,7 +99,7 @@ class DistributedConfig:
 class TrainConfig:
     """A training run. Sizes are global: `batch` is split over the mesh's data and fsdp axes."""
 
-    bundle: str = ""  # the base model; empty = the embedded one
+    bundle: str = field(default="", metadata=RESUMABLE | PATH)  # the base model; empty = the embedded one
     data: DataConfig = field(default_factory=DataConfig, metadata=dict(resumable=("workers", "prefetch")))
     adapter: AdapterChoices = field(default_factory=AdapterChoices)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -161,13 +161,26 @@ def differing(old: Any, new: Any, prefix: str = "", resumable: Iterable[str] = (
     for f in sorted(fields(new), key=lambda f: f.name):
         path, a, b = f"{prefix}{f.name}", getattr(old, f.name), getattr(new, f.name)
         may_differ = f.metadata.get("resumable", ())
-        if may_differ is True or f.name in resumable:
+        moved = f.metadata.get("path") and bool(a) == bool(b)
+        if may_differ is True or f.name in resumable or moved:
             continue
         if is_dataclass(b):
             differences += differing(a, b, f"{path}.", may_differ)
         elif a != b:
             differences.append(f"{path}: {a!r} -> {b!r}")
     return differences
+
+
+def moved(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """ "field: old -> new" for every path of data or bundle that is another one, but for how it is written."""
+    lines = []
+    for f in fields(new):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if is_dataclass(b):
+            lines += moved(a, b, f"{prefix}{f.name}.")
+        elif f.metadata.get("path") and a.rstrip("/") != b.rstrip("/"):
+            lines.append(f"{prefix}{f.name}: {a} -> {b}")
+    return lines
 
 
 def load(path: Path) -> TrainConfig:

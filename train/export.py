@@ -21,7 +21,7 @@ from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.storage.folders import as_path
 from dynaip_jax.storage.manifest import fingerprint
 from train.run import Run
-from train.workdir import read_config
+from train.workdir import read_config, read_identity
 
 EXAMPLES = """
 examples:
@@ -137,6 +137,7 @@ def _write_adapter(run: Run, out: Path, params: Any, base: str, step: int, weigh
         reference=config.data.square,
         remove_background=config.data.remove_background,
         guidance=config.guidance,
+        dataset=read_identity(run.workdir).get("data"),
     )
     write_adapter(
         out,

@@ -93,6 +93,11 @@ class Run:
         facts = dict(parts=parts, levels=levels, text=self.bundle.manifest["text"])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a run is made of, by content: "base", "encoders" and "data". "data" is empty for a dataset without a digest."""
+        return dict(base=self.bundle.fingerprint, encoders=self.encoder_identity, data=self.dataset.content)
+
     def flops(self, image_rows: int) -> int:
         """FLOPs of a training step on one sample of `image_rows` tokens."""
         constants, base_trained = self.constants, self.config.trainable != "adapter"
@@ -180,7 +185,10 @@ class Run:
         if step is None:
             return self.fresh_state(), 0
         target = abstract_state(self.config, self.constants, self.places)
-        return self.checkpoints.restore(step, target, None if self.config.fixed_batch else self.data), step
+        state = self.checkpoints.restore(step, target, self.data)
+        if self.config.fixed_batch:
+            self.data.set_state(self.data.get_state() | dict(step=0))
+        return state, step
 
     def check_batch(self) -> None:
         """Raises `UserError` if the mesh does not divide the batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from etils import epath
 
@@ -23,12 +23,12 @@ FULL_DISK = (
 
 
 def check_workdir(
-    workdir: epath.PathLike, config: TrainConfig, fingerprint: str, *, resume: bool, overwrite: bool
+    workdir: epath.PathLike, config: TrainConfig, identity: Mapping[str, str], *, resume: bool, overwrite: bool
 ) -> None:
-    """Whether a run may start in `workdir`; changes nothing.
+    """Whether a run may start in `workdir`; changes nothing. `identity`: what it is made of, by content (`Run.identity`).
 
     Raises `UserError` if the folder holds a run and neither `resume` nor `overwrite` is said, if it holds something else,
-    and if config or base differ from those of the run to be resumed.
+    and if config, base, encoders or data differ from those of the run to be resumed.
     """
     workdir = epath.Path(workdir)
     run = workdir / RUN_FILE
@@ -38,31 +38,40 @@ def check_workdir(
         if workdir.is_dir() and {x.name for x in workdir.iterdir()} - {_partial(run).name}:
             raise UserError(f"`workdir` {workdir}: holds files that are not a run's; choose an empty or new folder")
     elif resume:
-        _check_same(workdir, config, fingerprint)
+        _check_same(workdir, config, identity)
     elif not overwrite:
         raise UserError(f"`workdir` {workdir}: holds a run; pass `resume` to go on with it or `overwrite` to delete it")
 
 
-def _check_same(workdir: epath.Path, config: TrainConfig, fingerprint: str) -> None:
+def _check_same(workdir: epath.Path, config: TrainConfig, identity: Mapping[str, str]) -> None:
     run = workdir / RUN_FILE
     try:
         saved = json.loads(run.read_text())
         differences, base = differing(from_dict(TrainConfig, saved["config"]), config), saved["base"]
     except (OSError, ValueError, KeyError, TypeError, UserError) as e:
         raise UserError(f"{run}: not readable ({e}); expected the run's config; start again with `overwrite`") from e
-    if base != fingerprint:
+    if base != identity["base"]:
         raise UserError(
-            f"`resume` {workdir}: trained on another base (fingerprint {base[:12]}, this one has {fingerprint[:12]}); "
+            f"`resume` {workdir}: trained on another base (fingerprint {base[:12]}, this one has {identity['base'][:12]}); "
             "pass the `bundle` of that run"
         )
     if differences:
         raise UserError(
             f"`resume` {workdir}: config differs: {'; '.join(differences)}; use the run's own, or a new `workdir`"
         )
+    for part, option in (("encoders", "bundle"), ("data", "data.path")):
+        old, new = saved.get(part), identity.get(part)
+        if old and new and old != new:  # older runs, and datasets without a digest, do not say
+            raise UserError(
+                f"`resume` {workdir}: trained with other {part} ({old[:12]}, this `{option}` has {new[:12]}); pass those of that run, or "
+                "a new `workdir`"
+            )
 
 
-def claim_workdir(workdir: epath.PathLike, config: TrainConfig, fingerprint: str, *, overwrite: bool) -> None:
-    """Makes a checked `workdir` ready: deletes the run in it if `overwrite`, and writes `run.json` (config, base fingerprint).
+def claim_workdir(
+    workdir: epath.PathLike, config: TrainConfig, identity: Mapping[str, str], *, overwrite: bool
+) -> None:
+    """Makes a checked `workdir` ready: deletes the run in it if `overwrite`, and writes `run.json` (`identity`, config).
 
     `run.json` is there throughout, so that a kill in between leaves a run, whole or with nothing done yet.
     """
@@ -73,8 +82,20 @@ def claim_workdir(workdir: epath.PathLike, config: TrainConfig, fingerprint: str
         for path in workdir.iterdir():
             if overwrite and path != run:
                 path.rmtree() if path.is_dir() else path.unlink()
-        text = json.dumps(dict(base=fingerprint, config=to_dict(config)), indent=2)
+        text = json.dumps(dict(identity) | dict(config=to_dict(config)), indent=2)
         write_whole(run, (text + "\n").encode())
+
+
+def holds_run(workdir: epath.PathLike) -> bool:
+    """Whether there is a run in `workdir`."""
+    return (epath.Path(workdir) / RUN_FILE).is_file()
+
+
+def read_identity(workdir: epath.PathLike) -> dict[str, str]:
+    """What the run in `workdir` is made of, as `claim_workdir` wrote it; runs of older versions say less. Errors as in `read_config`."""
+    read_config(workdir)
+    saved = json.loads((epath.Path(workdir) / RUN_FILE).read_text())
+    return {name: saved[name] for name in ("base", "encoders", "data") if saved.get(name)}
 
 
 def read_config(workdir: epath.PathLike) -> TrainConfig:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from dynaip_jax.errors import UserError
 
+PATH = dict(path=True)  # metadata of a field that says where something lies that is known by its content
 MULTIPLE = 16  # pixels a side of one image token: 8 in the autoencoder, 2 in packing
 
 
@@ -24,8 +25,8 @@ class Bucket(NamedTuple):
 class DataConfig:
     """How training samples are read. Raises `UserError` for a value out of range."""
 
-    path: str = ""  # a folder written by `python -m train.prepare`
-    features: str = ""  # its features, written by `python -m train.cache`; empty: encode while training
+    path: str = field(default="", metadata=PATH)  # a folder written by `python -m train.prepare`
+    features: str = field(default="", metadata=PATH)  # its features, by `python -m train.cache`; empty: encode while training
     resolution: int = 512  # pixels: targets have about resolution x resolution of them, in each bucket
     aspects: tuple[str, ...] = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # buckets, width:height
     clip_size: int = 224  # pixels a side of the reference

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,12 @@ class CachedBatch(NamedTuple):
     row: Int32[np.ndarray, " b"]  # index into the dataset
 
 
-def facts(config: DataConfig, order: BatchOrder, encoders: str, dtype: str) -> dict[str, Any]:
-    """What a cache depends on: rows and buckets, augmentation, encoders (an identity of theirs), precision."""
+def facts(config: DataConfig, order: BatchOrder, encoders: str, dtype: str, content: str) -> dict[str, Any]:
+    """What a cache depends on: rows and buckets, augmentation, encoders (an identity of theirs), precision, and the `content` of the
+    dataset, unless it is empty."""
     shaping = {name: getattr(config, name) for name in SHAPING}
-    return json.loads(json.dumps(dict(plan=order.fingerprint, data=shaping, encoders=encoders, dtype=dtype)))
+    made_of = dict(plan=order.fingerprint, data=shaping, encoders=encoders, dtype=dtype)
+    return json.loads(json.dumps(made_of | (dict(content=content) if content else {})))
 
 
 class Store:
@@ -107,7 +110,14 @@ class Cached:
             raise UserError(
                 f"`data.features` {path}: no readable {FILE} ({e}); expected a folder made by python -m train.cache"
             ) from e
-        wanted = facts(config, order, encoders, dtype)
+        wanted = facts(config, order, encoders, dtype, dataset.content)
+        if "content" in wanted and "content" not in made_of:
+            warnings.warn(
+                f"features {path}: made before caches knew the content of their dataset; nobody can tell whether its pictures are still "
+                "those of the cache; make it again to be sure",
+                stacklevel=2,
+            )
+            del wanted["content"]
         flat = [{**{k: v for k, v in f.items() if k != "data"}, **f["data"]} for f in (made_of, wanted)]
         for name, value in flat[1].items():
             if flat[0].get(name) != value:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -18,7 +19,7 @@ from jaxtyping import Int
 from dynaip_jax.data.config import DataConfig
 from dynaip_jax.data.features import Cached
 from dynaip_jax.data.order import BatchOrder, make_order
-from dynaip_jax.data.records import open_dataset
+from dynaip_jax.data.records import Dataset, open_dataset
 from dynaip_jax.data.samples import Pictures, Reader, TextIds
 from dynaip_jax.errors import UserError
 
@@ -59,7 +60,14 @@ def make_loader(
         positions=np.arange(global_batch) if positions is None else positions,
         workers=config.workers,
         prefetch=config.prefetch,
+        identity=_identity(dataset, reader),
     )
+
+
+def _identity(dataset: Dataset, reader: Reader) -> dict[str, Any]:
+    """What batches are made of besides their order."""
+    identity: dict[str, Any] = dict(content=dataset.content) if dataset.content else {}
+    return identity | (dict(variants=reader.variants) if isinstance(reader, Cached) else {})
 
 
 class _Steps:
@@ -80,16 +88,26 @@ class BatchIterator(grain.DatasetIterator):
     """Endless batches for one process: the samples at `positions` of every global batch in `order`, made by `reader`.
 
     The state is the number of the next step, whatever the number of processes, workers or batches ready ahead: all of
-    them may change between saving and restoring. Works with `grain.checkpoint.CheckpointSave` / `CheckpointRestore`.
+    them may change between saving and restoring. `identity`: what the batches are made of, kept in the state. Works with `grain.checkpoint.CheckpointSave` / `CheckpointRestore`.
     Close it to end its workers. `next` raises `UserError` if one of them was killed, `set_state` if the data are not
     those of the state.
     """
 
-    def __init__(self, order: BatchOrder, reader: Reader, *, positions: np.ndarray, workers: int, prefetch: int):
+    def __init__(
+        self,
+        order: BatchOrder,
+        reader: Reader,
+        *,
+        positions: np.ndarray,
+        workers: int,
+        prefetch: int,
+        identity: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
         self._inner: list[Any] = []  # grain's iterator, if it runs
         weakref.finalize(self, _end, self._inner)  # at exit, while there still is an interpreter
         self.order, self.reader, self._positions = order, reader, positions
+        self._identity = dict(identity or {})
         self._workers, self._prefetch = workers, prefetch
         self._step = 0
 
@@ -125,16 +143,22 @@ class BatchIterator(grain.DatasetIterator):
             self._inner[0].start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
-        """The next step, and a fingerprint of the rows, buckets, batch size and seed that give it its meaning."""
-        return {"step": self._step, "plan": self.order.fingerprint}
+        """The next step, a fingerprint of the buckets, batch size and seed that give it its meaning, and the data's `identity`."""
+        return {"step": self._step, "plan": self.order.fingerprint, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on at the step of `state`. Raises `UserError` if it belongs to another order."""
+        """Goes on at the step of `state`. Raises `UserError` if it belongs to another order or to other data."""
         if state.get("plan") != self.order.fingerprint:
             raise UserError(
                 "data: the checkpoint was made with other rows, resolution, aspects, batch size or data.seed; expected the "
                 "same; restore them, or start a new run"
             )
+        for name, value in self._identity.items():
+            if state.get(name, value) != value:  # older states do not say
+                raise UserError(
+                    f"data: the checkpoint was made with other pictures or captions ({name} {str(state[name])[:12]}, this run has "
+                    f"{str(value)[:12]}); expected the same; restore them, or start a new run"
+                )
         _end(self._inner)
         self._step = int(state["step"])
 

@@ -1,12 +1,14 @@
 """Datasets on disk: a tensorflow-datasets folder of array_record shards, written and read without TensorFlow.
 
 A folder holds tfds' own files (`dataset_info.json`, `features.json`, the shards) and `index.npz`: for every row the target's
-size, the number of its row in the source, and whether it has a mask, so that ordering an epoch reads no picture.
+size, the number of its row in the source, whether it has a mask, and a checksum, so that ordering an epoch reads no picture; and one
+digest of all that can be trained on, by which a dataset is known wherever it lies.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import os
@@ -40,6 +42,51 @@ class Record(NamedTuple):
     subject: str  # the words of the caption that name the subject; may be empty
 
 
+def digest(record: Record) -> bytes:
+    """sha256 of what is trained on in a row: all but its number in the source."""
+    whole = hashlib.sha256()
+    for value in record[1:]:
+        part = value.astype("<i4").tobytes() if isinstance(value, np.ndarray) else value
+        part = part.encode() if isinstance(part, str) else part
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.digest()
+
+
+class Index:
+    """What `index.npz` says of the rows, gathered as they are written."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int]] = []
+        self.numbers: list[int] = []
+        self.masked: list[bool] = []
+        self.checks: list[int] = []
+        self._content = hashlib.sha256()
+
+    def add(self, record: Record) -> None:
+        """Takes in the next row."""
+        top, left, bottom, right = record.target_box
+        self.sizes.append((bottom - top, right - left))
+        self.numbers.append(record.number)
+        self.masked.append(bool(record.mask))
+        row = digest(record)
+        self.checks.append(_check(row))
+        self._content.update(row)
+
+    def write(self, file: Path) -> None:
+        """Writes the arrays, and the digest of all rows in their order."""
+        np.savez(
+            file,
+            sizes=np.array(self.sizes, np.int32), numbers=np.array(self.numbers, np.int64),
+            masked=np.array(self.masked, bool), checks=np.array(self.checks, np.uint32),
+            content=np.array(self._content.hexdigest()),
+        )  # fmt: skip
+
+
+def _check(row: bytes) -> int:
+    """The checksum of a row that is compared when it is read: the start of its digest."""
+    return int.from_bytes(row[:4], "little")
+
+
 def write_dataset(folder: Path, records: Iterable[Record]) -> int:
     """Writes the dataset into an existing, empty `folder`, in the order given; returns the number of rows.
 
@@ -57,32 +104,27 @@ def write_dataset(folder: Path, records: Iterable[Record]) -> int:
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=ROWS_A_SHARD, file_format="array_record")
     writer.initialize_splits([SPLIT])
-    sizes, numbers, masked = [], [], []
+    index = Index()
     stream = iter(records)
     while chunk := list(itertools.islice(stream, WRITTEN_AT_ONCE)):
         with _as_os_error():
             writer.add_examples({SPLIT: [r._asdict() for r in chunk]})
         for r in chunk:
-            top, left, bottom, right = r.target_box
-            sizes.append((bottom - top, right - left))
-            numbers.append(r.number)
-            masked.append(bool(r.mask))
-    if not numbers:
+            index.add(r)
+    if not index.numbers:
         raise UserError("dataset: no rows are left to write; expected at least one; correct the rows named above")
     with _as_os_error():
         writer.close_all()
-    np.savez(
-        folder / INDEX,
-        sizes=np.array(sizes, np.int32), numbers=np.array(numbers, np.int64), masked=np.array(masked, bool),
-    )  # fmt: skip
-    return len(numbers)
+    index.write(folder / INDEX)
+    return len(index.numbers)
 
 
 class Dataset:
     """A dataset on disk or in a bucket, with random access: `dataset[i]` -> `Record`. May be sent to other processes.
 
     `sizes` int32 `[n, 2]`: height and width of the targets; `numbers` int64 `[n]`: of the rows in their source; `masked`
-    bool `[n]`. Raises `UserError` for a folder that is missing or was not written by `write_dataset`, and for files that
+    bool `[n]`; `content`: the digest of all rows, by which the dataset is known, empty for one that was prepared before there were
+    digests. Raises `UserError` for a folder that is missing or was not written by `write_dataset`, and for files that
     are missing, damaged or do not belong together.
     """
 
@@ -96,6 +138,8 @@ class Dataset:
         try:
             with np.load(io.BytesIO((self.path / INDEX).read_bytes()), allow_pickle=False) as index:
                 self.sizes, self.numbers, self.masked = (index[k] for k in ("sizes", "numbers", "masked"))
+                self._checks = index["checks"] if "checks" in index else None
+                self.content = str(index["content"]) if "content" in index else ""
         except Exception as e:  # zip, NumPy and the file system each have their own
             raise self._damaged(INDEX, e) from e
         if len(self._source) != len(self.sizes):
@@ -115,6 +159,8 @@ class Dataset:
             raise self._damaged(f"row {row}", e) from e
         if record.number != self.numbers[row]:
             raise self._damaged(f"row {row}", f"it says {record.number}, {INDEX} says {self.numbers[row]}")
+        if self._checks is not None and _check(digest(record)) != self._checks[row]:
+            raise self._damaged(f"row {row}", f"its checksum is not the one in {INDEX}")
         return record
 
     @cached_property

@@ -34,7 +34,7 @@ def write(path, settings, *, pooled=True, levels=True):
         arrays[name] = store.create(name, shape)
         arrays[name][...] = rng.normal(size=shape)
         arrays[name].base.flush()
-    made_of = features.facts(settings, order, "encoders", "float32")
+    made_of = features.facts(settings, order, "encoders", "float32", dataset.content)
     content = dict(format=features.FORMAT, format_version=features.VERSION, variants=VARIANTS, facts=made_of)
     (path / features.FILE).write_text(json.dumps(content))
     return arrays

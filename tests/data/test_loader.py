@@ -13,7 +13,7 @@ import pytest
 from dynaip_jax.data import samples
 from dynaip_jax.data.loader import BatchIterator, make_loader
 from dynaip_jax.data.order import make_order
-from dynaip_jax.data.records import INDEX, open_dataset
+from dynaip_jax.data.records import INDEX, open_dataset, write_dataset
 from dynaip_jax.errors import UserError
 from tests.data.photos import WordIds, config, entries, make_dataset, same, take
 
@@ -88,6 +88,22 @@ def test_a_state_of_other_data_is_refused(folder, tmp_path):
     moved = make_loader(config(folder, drop_image=0.5), WordIds(), global_batch=4, positions=np.arange(2, 4))
     moved.set_state(state | dict(step=5))
     assert moved.get_state()["step"] == 5
+
+
+def test_a_state_of_other_pictures_is_refused(folder, tmp_path):
+    """Of the same sizes; a state of before there were digests goes on."""
+    state = make_loader(config(folder), WordIds(), global_batch=4).get_state()
+    rows = [open_dataset(folder)[n] for n in range(44)]
+    for name, caption in (("other", "another caption"), ("copy", rows[7].caption)):
+        (tmp_path / name).mkdir()
+        write_dataset(tmp_path / name, [*rows[:7], rows[7]._replace(caption=caption), *rows[8:]])
+    make_loader(config(tmp_path / "copy"), WordIds(), global_batch=4).set_state(state)
+    other = make_loader(config(tmp_path / "other"), WordIds(), global_batch=4)
+    assert other.order.fingerprint == state["plan"]
+    with pytest.raises(UserError, match="data: the checkpoint was made with other pictures or captions .content"):
+        other.set_state(state)
+    other.set_state(dict(step=3, plan=state["plan"]))
+    assert other.get_state()["step"] == 3
 
 
 def test_orbax_saves_and_restores_the_iterator(folder, tmp_path):

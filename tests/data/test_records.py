@@ -48,6 +48,44 @@ def test_order_is_kept_over_shards(tmp_path, monkeypatch):
     assert [dataset[n].number for n in range(100)] == dataset.numbers.tolist() == list(range(1, 101))
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(caption="a cat"), dict(target=b"tarGet 1"), dict(target_box=BOX + 1), dict(mask=b"m"), dict(subject="")]
+)
+def test_a_dataset_is_known_by_what_is_trained_on(tmp_path, changes):
+    """Not by its folder, nor by the numbers of its rows in their source."""
+    contents = []
+    for name, first in (("a", record(1)), ("b", record(1)._replace(number=9)), ("c", record(1, **changes))):
+        (tmp_path / name).mkdir()
+        store.write_dataset(tmp_path / name, [first, record(2)])
+        contents.append(store.open_dataset(tmp_path / name).content)
+    assert contents[0] == contents[1] != contents[2] and len(contents[0]) == 64
+    swapped = tmp_path / "d"
+    swapped.mkdir()
+    store.write_dataset(swapped, [record(2), record(1)])
+    assert store.open_dataset(swapped).content not in contents
+
+
+def test_shards_of_another_dataset_are_noticed(folder, tmp_path):
+    """Same rows by number and size, other pictures; the index is that of before."""
+    other = tmp_path / "other"
+    other.mkdir()
+    store.write_dataset(other, [record(1), record(3, mask=b"mask", target=b"another"), record(4)])
+    for shard in other.glob("*array_record*"):
+        (folder / shard.name).write_bytes(shard.read_bytes())
+    dataset = store.open_dataset(folder)
+    assert dataset[0].number == 1
+    with pytest.raises(UserError, match="row 1 is damaged .its checksum is not the one in index.npz"):
+        dataset[1]
+
+
+def test_an_older_index_without_digests_is_read(folder):
+    with np.load(folder / store.INDEX) as index:
+        older = {name: index[name] for name in ("sizes", "numbers", "masked")}
+    np.savez(folder / store.INDEX, **older)
+    dataset = store.open_dataset(folder)
+    assert dataset.content == "" and dataset[1].number == 3
+
+
 def test_no_tensorflow(folder):
     code = (
         "import sys; from dynaip_jax.data.records import *; import pathlib\n"

@@ -2,9 +2,12 @@
 
 import dataclasses
 
-from train.config import TrainConfig, differing
+from dynaip_jax.data.config import DataConfig
+from train.config import TrainConfig, differing, moved
 
-FREE = {"steps", "log_every", "save_every", "keep", "sample", "mesh", "distributed", "validation", "profile"}
+FREE = {
+    "bundle", "steps", "log_every", "save_every", "keep", "sample", "mesh", "distributed", "validation", "profile",
+}  # fmt: skip
 
 
 def test_fields_that_may_differ_on_resumption_say_so():
@@ -21,3 +24,13 @@ def test_fields_that_may_differ_on_resumption_say_so():
     assert differing(config, bound) == [
         "batch: 16 -> 32", "data.seed: 0 -> 3", "optim.rate: 0.0001 -> 1.0", "seed: 0 -> 1",
     ]  # fmt: skip
+
+
+def test_paths_may_differ_and_are_told():
+    """What lies there is known by its content. A cache of features may move, but neither come nor go."""
+    config = TrainConfig(bundle="a", data=DataConfig(path="b", features="c"))
+    other = dataclasses.replace(config, bundle="a/", data=DataConfig(path="x/b/", features="y"))
+    assert differing(config, other) == []
+    assert moved(config, other) == ["data.path: b -> x/b/", "data.features: c -> y"]
+    without = dataclasses.replace(config, data=DataConfig(path="b"))
+    assert differing(config, without) == ["data.features: 'c' -> ''"]
