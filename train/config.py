@@ -50,7 +50,7 @@ class OptimConfig:
     final: float = 0.1
     b1: float = 0.9
     b2: float = 0.99
-    weight_decay: float = 0.01  # of matrices; scales and biases have none
+    weight_decay: float = 0.01  # of matrices, by their logical axes; scales, biases and learned tokens have none
     clip: float = 1.0  # of the global gradient norm
     ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +18,29 @@ ADAPTER_MATRICES = (  # of an adapter: its banks and experts
 )
 
 
-def optimizer(c: OptimConfig, matrices: Sequence[Matrices] = ()) -> optax.GradientTransformation:
-    """Clips the global gradient norm, then moves parameters as `c.kind` says; `matrices`: those that Muon orthogonalises."""
+def optimizer(
+    c: OptimConfig, decayed: Collection[str], matrices: Sequence[Matrices] = ()
+) -> optax.GradientTransformation:
+    """Clips the global gradient norm, then moves parameters as `c.kind` says; `decayed`: dotted names of those with weight decay;
+    `matrices`: those that Muon orthogonalises."""
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: dotted(path) in decayed, params)
+
     if c.kind == "adamw":
-        inner = optax.adamw(schedule(c, c.rate), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=_decayed)
+        inner = optax.adamw(schedule(c, c.rate), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=mask)
     else:
         inner = optax.contrib.muon(
             schedule(c, c.muon_rate), adam_learning_rate=schedule(c, c.rate), adam_b1=c.b1, adam_b2=c.b2,
-            weight_decay=c.weight_decay, adam_weight_decay=c.weight_decay, weight_decay_mask=_decayed,
+            weight_decay=c.weight_decay, adam_weight_decay=c.weight_decay, weight_decay_mask=mask,
             muon_weight_dimension_numbers=lambda params: dimension_numbers(params, matrices),
         )  # fmt: skip
     return optax.chain(optax.clip_by_global_norm(c.clip), inner)
+
+
+def dotted(path: Any) -> str:
+    """The name of a leaf, "adapter.double.key"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def schedule(c: OptimConfig, rate: float) -> optax.Schedule:
@@ -53,7 +65,3 @@ def dimension_numbers(params: Any, matrices: Sequence[Matrices]) -> Any:
         return None
 
     return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def _decayed(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,19 @@ class Part(NamedTuple):
     name: str
     leaves: dict[str, jax.Array]
     trained: bool
+    decayed: Collection[str] = ()  # full names of parameters with weight decay, among others
 
     @property
     def size(self) -> int:
         return sum(math.prod(x.shape) for x in self.leaves.values())
+
+    @property
+    def state(self) -> str:
+        """ "frozen", "trained", or that with how much of it is decayed."""
+        if not self.trained:
+            return "frozen"
+        hits = [f"{self.name}.{name}".rstrip(".") in self.decayed for name in self.leaves]
+        return "trained+decayed" if all(hits) else "trained+partly-decayed" if any(hits) else "trained"
 
     def children(self) -> list[Part]:
         """The parts one level down, in order of their names; none of a parameter."""
@@ -33,12 +42,14 @@ class Part(NamedTuple):
             first, _, rest = path.partition(".")
             if first:
                 below.setdefault(first, {})[rest] = x
-        return [Part(f"{self.name}.{first}", leaves, self.trained) for first, leaves in below.items()]
+        return [Part(f"{self.name}.{first}", leaves, self.trained, self.decayed) for first, leaves in below.items()]
 
 
 def overview(run: Run, state: TrainState) -> str:
-    """Lines of name, shape, dtype, sharding (on several devices) and number of parameters, what is trained first."""
-    parts = [Part(name, flatten(params), True) for name, params in state.params.items()]
+    """Lines of name, shape, dtype, sharding (on several devices) and number of parameters, what is trained first, with a mark on
+    what has weight decay."""
+    decayed = run.constants.decayed if run.config.optim.weight_decay else ()
+    parts = [Part(name, flatten(params), True, decayed) for name, params in state.params.items()]
     parts += [Part(name, flatten(params), False) for name, params in run.frozen.items()]
     totals = {trained: sum(part.size for part in parts if part.trained == trained) for trained in (True, False)}
     total = f"parameters: {totals[True]:,} trained, {totals[False]:,} frozen"
@@ -62,13 +73,13 @@ def in_detail(parts: list[Part], lines: int) -> list[Part]:
 
 
 def _row(part: Part, *, split: bool) -> tuple[str, ...]:
-    """Cells: name, shape, dtype, sharding, size, trained or frozen."""
+    """Cells: name, shape, dtype, sharding, size, trained, decayed or frozen."""
     arrays = list(part.leaves.values())
     shape = " x ".join(map(str, arrays[0].shape)) if "" in part.leaves else f"{len(arrays)} arrays"
     dtypes = ", ".join(sorted({str(x.dtype) for x in arrays}))
     shardings = {_axes(x) for x in arrays}
     sharding = (shardings.pop() if len(shardings) == 1 else "several") if split else ""
-    return part.name, shape, dtypes, sharding, f"{part.size:,}".rjust(15), "trained" if part.trained else "frozen"
+    return part.name, shape, dtypes, sharding, f"{part.size:,}".rjust(15), part.state
 
 
 def _axes(x: jax.Array) -> str:

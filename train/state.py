@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,17 +29,19 @@ class TrainState(NamedTuple):
 
 def init_state(optim: OptimConfig, params: dict[str, Any], matrices: Sequence[Matrices] = ()) -> TrainState:
     """The state before the first step; `matrices`: see `optimizer`."""
-    opt_state = optimizer(optim, matrices).init(params)
+    opt_state = optimizer(optim, (), matrices).init(params)  # weight decay keeps no state
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
 
 
-def updated(optim: OptimConfig, state: TrainState, grads: Any, matrices: Sequence[Matrices] = ()) -> TrainState:
-    """The state after one optimizer step along `grads`; `matrices`: see `optimizer`.
+def updated(
+    optim: OptimConfig, state: TrainState, grads: Any, decayed: Collection[str], matrices: Sequence[Matrices] = ()
+) -> TrainState:
+    """The state after one optimizer step along `grads`; `decayed`, `matrices`: see `optimizer`.
 
     The average is written out: `optax.incremental_update` multiplies the old one by 1 - (1 - decay), which for a decay below a
     half, as in the first steps, is another float32 number.
     """
-    updates, opt_state = optimizer(optim, matrices).update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer(optim, decayed, matrices).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     done = state.step.astype(jnp.float32)
     decay = jnp.minimum(optim.ema, (1 + done) / (10 + done))

@@ -159,7 +159,7 @@ def train_step(
         )
         grads = jax.tree.map(lambda g: g / n, grads)
 
-    new = updated(constants.optim, state, grads, constants.matrices)
+    new = updated(constants.optim, state, grads, constants.decayed, constants.matrices)
     metrics = dict(
         loss=sums["loss"] / b,
         grad_norm=optax.global_norm(grads),

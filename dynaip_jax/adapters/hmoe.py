@@ -94,7 +94,11 @@ class HMoE(nn.Module):
             x = x.mean(axis=1)
         x = LayerNorm(param_dtype=self.compute.param_dtype, name="router_norm")(x)
         out = linear(
-            3, (None, None), param_dtype=self.compute.param_dtype, kernel_init=nn.initializers.zeros, name="router"
+            3,
+            ("channels", "channels"),
+            param_dtype=self.compute.param_dtype,
+            kernel_init=nn.initializers.zeros,
+            name="router",
         )
         return jax.nn.softmax(out(x), axis=-1)
 
@@ -110,7 +114,7 @@ class Expert(nn.Module):
         c, p = self.config, self.compute
         kw = p.dtypes
         x = LayerNorm(param_dtype=p.param_dtype, name="norm")(x.astype(p.dtype))
-        x = nn.gelu(linear(c.expert_width, (None, "mlp"), name="in_layer", **kw)(x), approximate=True)
+        x = nn.gelu(linear(c.expert_width, ("channels", "mlp"), name="in_layer", **kw)(x), approximate=True)
         return linear(c.width, ("mlp", "embed"), name="out_layer", **kw)(x)
 
 

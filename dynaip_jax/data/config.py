@@ -26,7 +26,9 @@ class DataConfig:
     """How training samples are read. Raises `UserError` for a value out of range."""
 
     path: str = field(default="", metadata=PATH)  # a folder written by `python -m train.prepare`
-    features: str = field(default="", metadata=PATH)  # its features, by `python -m train.cache`; empty: encode while training
+    features: str = field(
+        default="", metadata=PATH
+    )  # its features, by `python -m train.cache`; empty: encode while training
     resolution: int = 512  # pixels: targets have about resolution x resolution of them, in each bucket
     aspects: tuple[str, ...] = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # buckets, width:height
     clip_size: int = 224  # pixels a side of the reference
@@ -43,8 +45,8 @@ class DataConfig:
     prefetch: int = 2  # batches ready ahead, for each worker
 
     def __post_init__(self) -> None:
-        for field in ("flip_reference", "flip_target", "drop_image", "drop_text", "drop_both"):
-            _in_range(field, getattr(self, field), 0, 1)
+        for name in ("flip_reference", "flip_target", "drop_image", "drop_text", "drop_both"):
+            _in_range(name, getattr(self, name), 0, 1)
         drops = round(self.drop_image + self.drop_text + self.drop_both, 9)
         _in_range("drop_image` + `data.drop_text` + `data.drop_both", drops, 0, 1)
         _in_range("crop_reference", self.crop_reference, 0.01, 1)

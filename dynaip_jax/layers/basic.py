@@ -1,7 +1,8 @@
 """What the models share: parameters with logical axis names, and block stacking.
 
 Logical axis names (mapped to mesh axes by `dynaip_jax.runtime.sharding`): "embed" model width, "heads", "head_dim", "mlp",
-"vocab", "conv_in", "conv_out", "layers" (scanned blocks), None = never sharded.
+"vocab", "conv_in", "conv_out", "channels" (a width that is never split), "layers" (scanned blocks), None = no width: places,
+rows of a table, like parts side by side.
 """
 
 from __future__ import annotations

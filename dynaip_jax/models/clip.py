@@ -271,7 +271,7 @@ def _table(module: nn.Module, name: str, rows: int, width: int) -> jax.Array:
 def _patches(c: CLIPVisionConfig, p: Compute) -> nn.Conv:
     """Pixels `[b, H, W, 3]` -> one vector for each patch `[b, rows, columns, c]`."""
     size = (c.patch_size, c.patch_size)
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, None, "embed"))
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "channels", "embed"))
     return nn.Conv(
         c.hidden_size, size, strides=size, padding="VALID", use_bias=False, **p.dtypes,
         kernel_init=init, name="patch_embedding",

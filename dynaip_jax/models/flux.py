@@ -117,8 +117,8 @@ class MLPEmbedder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, dtypes = self.config.hidden_size, self.compute.dtypes
-        x = linear(width, (None, "embed"), name="in_layer", **dtypes)(x)
-        return linear(width, (None, "embed"), name="out_layer", **dtypes)(nn.silu(x))
+        x = linear(width, ("channels", "embed"), name="in_layer", **dtypes)(x)
+        return linear(width, ("channels", "embed"), name="out_layer", **dtypes)(nn.silu(x))
 
 
 class Modulate(nn.Module):
@@ -260,8 +260,12 @@ class Flux(nn.Module):
             image_prompt, c.depth, c.depth_single_blocks, head, jnp.asarray(img_ids), len(img), txt.shape[1]
         )
         vec = self._conditioning(timesteps, pooled, guidance)
-        img = constrain(linear(c.hidden_size, (None, "embed"), name="img_in", **p.dtypes)(img.astype(p.dtype)), *ROWS)
-        txt = constrain(linear(c.hidden_size, (None, "embed"), name="txt_in", **p.dtypes)(txt.astype(p.dtype)), *ROWS)
+        img = constrain(
+            linear(c.hidden_size, ("channels", "embed"), name="img_in", **p.dtypes)(img.astype(p.dtype)), *ROWS
+        )
+        txt = constrain(
+            linear(c.hidden_size, ("channels", "embed"), name="txt_in", **p.dtypes)(txt.astype(p.dtype)), *ROWS
+        )
         ids_batch = max(txt_ids.shape[0], img_ids.shape[0])
         ids = [jnp.broadcast_to(x, (ids_batch, *x.shape[1:])) for x in (txt_ids, img_ids)]
         rope = rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta)
@@ -276,7 +280,9 @@ class Flux(nn.Module):
             rows, cache = cached(self, img, partial(_first_block, state, shared, share), all_blocks, cache)
 
         (mod,) = Modulate(c, p, 1, vectors=2, name="final_modulation")(vec)
-        out = linear(c.out_channels, ("embed", None), name="final_linear", **p.dtypes)(mod(rows)).astype(jnp.float32)
+        out = linear(c.out_channels, ("embed", "channels"), name="final_linear", **p.dtypes)(mod(rows)).astype(
+            jnp.float32
+        )
         return out if cache is None else (out, cache)
 
     def _conditioning(self, timesteps, pooled, guidance) -> jax.Array:

@@ -26,12 +26,17 @@ RULES: Mapping[str | None, tuple[str, ...]] = {  # logical axis -> mesh axes; a 
     "vocab": ("tensor",),
     "conv_out": ("fsdp", "tensor"),
     "conv_in": (),
+    "channels": (),
     "head_dim": (),
     "layers": (),
     "batch": BATCH,  # this and "heads", "mlp": of activations too
     "height": AXES,  # of pictures: what the batch leaves of the mesh
     None: (),
 }
+
+WIDTHS = frozenset(
+    ("embed", "heads", "mlp", "vocab", "conv_out", "conv_in", "head_dim", "channels")
+)  # of vectors; others count them
 
 # logical axes of activations
 ROWS = ("batch", None, None)  # [b, n, c]
@@ -93,6 +98,23 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | Abs
         used.update(taken)
         parts.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
     return PartitionSpec(*parts)
+
+
+def matrices(boxed: Any) -> frozenset[str]:
+    """Dotted names of the parameters of a boxed tree that are matrices by their logical axes: they map one width to another, where
+    "heads" and "head_dim" side by side are one. Scales, biases and tables of vectors are not, however often they are stacked."""
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    found = []
+    for path, leaf in leaves:
+        axes = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        widths = [
+            axis
+            for n, axis in enumerate(axes)
+            if axis in WIDTHS and (axis, axes[n - 1 : n]) != ("head_dim", ("heads",))
+        ]
+        if len(widths) > 1:
+            found.append(jax.tree_util.keystr(path, simple=True, separator="."))
+    return frozenset(found)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -49,7 +49,8 @@ def test_order_is_kept_over_shards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(caption="a cat"), dict(target=b"tarGet 1"), dict(target_box=BOX + 1), dict(mask=b"m"), dict(subject="")]
+    "changes",
+    [dict(caption="a cat"), dict(target=b"tarGet 1"), dict(target_box=BOX + 1), dict(mask=b"m"), dict(subject="")],
 )
 def test_a_dataset_is_known_by_what_is_trained_on(tmp_path, changes):
     """Not by its folder, nor by the numbers of its rows in their source."""

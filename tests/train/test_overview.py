@@ -1,5 +1,7 @@
 """The table of parameters that a run begins with."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -20,6 +22,18 @@ def test_every_parameter_is_counted_and_trained_ones_are_shown(config):
     (row,) = [row for row in shown if row[0] == "adapter.double.key"]
     assert row[1:-2] == [*" x ".join(map(str, key.shape)).split(), "float32"] and row[-2] == f"{key.size:,}"
     assert len(shown) == 5 + len(jax.tree.leaves(state.params))
+
+
+def test_what_is_decayed_is_marked(config):
+    run = Run(config)
+    state = run.fresh_state()
+    marks = {line.split()[0]: line.split()[-1] for line in overview(run, state).splitlines()[1:]}
+    assert (marks["adapter.double.key"], marks["adapter.double.key_norm"]) == ("trained+decayed", "trained")
+    assert marks["transformer"] == "frozen"
+    part = Part("adapter.double", {"key": np.zeros(1), "key_norm": np.zeros(1)}, True, run.constants.decayed)
+    assert part.state == "trained+partly-decayed"
+    without = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.0))
+    assert {line.split()[-1] for line in overview(Run(without), state).splitlines()[1:]} == {"trained", "frozen"}
 
 
 def test_many_parameters_are_summed_up_by_module():

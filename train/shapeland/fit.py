@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +14,15 @@ import numpy as np
 
 from train.checkpoint import Checkpoints
 from train.config import OptimConfig
+from train.optim import dotted
 from train.state import TrainState, init_state, updated
 
 Figures = dict[str, jax.Array]
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Figures]]  # (params, batch, key) -> (loss, figures to print)
 
 WARMUP = 100  # steps at most
+# Names of matrices, which have weight decay; not all of these networks name their axes.
+MATRIX = re.compile(r"(^|\.)(kernel|class_kernel|embedding|see|read|heads\.-?\d+)$")
 LOG_EVERY, SAVE_EVERY = 50, 250  # steps
 
 
@@ -37,13 +41,15 @@ def fit(
     Checkpoints lie in `folder`. If one exists, training resumes from it.
     """
     optim = OptimConfig(rate=rate, warmup=min(WARMUP, steps // 10), decay_steps=steps, final=0.02, ema=ema)
+    names = (dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    decayed = set(filter(MATRIX.search, names))
     checkpoints = Checkpoints(folder, keep=1)
 
     @partial(jax.jit, donate_argnums=0)
     def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, Figures]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (value, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        return updated(optim, state, grads), dict(loss=value) | figures
+        return updated(optim, state, grads, decayed), dict(loss=value) | figures
 
     try:
         state = init_state(optim, params)
