@@ -18,7 +18,7 @@ $(VENV)/installed: setup.py Makefile
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[test,train]'
+	$(BIN)/pip install --quiet --editable '.[test]'
 	$(BIN)/pip install --quiet --no-deps --target $(OLD) --upgrade transformers==4.57.6 'huggingface_hub<1' 'tokenizers<=0.23.0'
 	touch $@
 

@@ -42,11 +42,12 @@ setup(
         "tokenizers",
         "jaxtyping",
         "tqdm",
+        "tensorboardX",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        "train": ["tensorboardX"],
+        "train": [],  # what training needs is always installed; older instructions name it
         "gcs": ["gcsfs"],
         "quantized": ["qwix>=0.1.8"],
         "test": [

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
+from dynaip_jax.errors import UserError
 from train.config import TrainConfig, moved
 from train.evaluators import Due
 from train.metrics import say
@@ -24,6 +25,7 @@ def assembled(
 
     Raises `UserError` for a config, base, data or folder that do not go together, before the folder is touched.
     """
+    check_imports()
     run = Run(config, workdir)
     with contextlib.closing(run):
         run.check_batch()
@@ -38,6 +40,17 @@ def assembled(
             claim_workdir(run.workdir, config, run.identity, overwrite=overwrite)
         barrier("workdir")
         yield run
+
+
+def check_imports() -> None:
+    """Raises `UserError` if a package is missing that is imported late."""
+    try:
+        import tensorboardX.record_writer
+        import tensorflow_datasets  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            f"training needs {e.name or e}, which is not installed; pip install -e . in the checkout"
+        ) from e
 
 
 def shipped(run: Run) -> list[Due]:

@@ -1,6 +1,9 @@
 """A run's parts: what a config asks for reaches them, and each is opened once."""
 
+import sys
+
 from dynaip_jax.storage.bundle import Bundle
+from tests.train.runs import refused, words
 from train import config as config_
 from train.assemble import assembled
 from train.run import Run
@@ -12,6 +15,16 @@ def test_query_and_merge_reach_adapter_and_transformer(config):
     injection = constants.family.injection
     assert (constants.adapter.query, constants.adapter.merge) == ("after_rope", "concat")
     assert (injection.query, injection.merge) == ("after_rope", "concat")
+
+
+def test_a_missing_package_is_told_before_the_folder_is_touched(trainer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX.record_writer", None)
+    refused(
+        trainer,
+        words(tmp_path / "run"),
+        "training needs tensorboardX.record_writer, which is not installed; pip install -e .",
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_each_part_is_opened_once(config, tmp_path, monkeypatch):
