@@ -45,11 +45,11 @@ def assembled(
 def check_imports() -> None:
     """Raises `UserError` if a package is missing that is imported late."""
     try:
-        import tensorboardX.record_writer
+        import tensorboardX.record_writer  # noqa: F401
         import tensorflow_datasets  # noqa: F401
     except ImportError as e:
         raise UserError(
-            f"training needs {e.name or e}, which is not installed; pip install -e . in the checkout"
+            f"training needs {(e.name or str(e)).partition('.')[0]}, which is not installed; pip install -e . in the checkout"
         ) from e
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dynaip_jax.commandline import run_tyro
-from dynaip_jax.data.config import PATH, DataConfig
+from dynaip_jax.data.config import PATH, SEEDS, DataConfig, in_range
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.sharding import MeshConfig
 
@@ -36,6 +37,20 @@ class AdapterChoices:
     expert_width: int = 4096
     resampler_tokens: int = 0  # 0 keeps all of CLIP's tokens
 
+    def __post_init__(self) -> None:
+        if len(self.levels) != 3 or not 0 < self.levels[0] < self.levels[1] < self.levels[2]:
+            raise UserError(
+                f"`adapter.levels` {self.levels}: expected three layers of CLIP from 1, each above the one before"
+            )
+        in_range("adapter.expert_width", self.expert_width, 1, 2**17)
+        in_range("adapter.resampler_tokens", self.resampler_tokens, 0, 2**14)
+        for weight in self.weights or ():
+            in_range("adapter.weights", weight, 0)
+        if self.weights is not None and not sum(self.weights):
+            raise UserError(
+                f"`adapter.weights` {self.weights}: all 0; expected at least one above; leave them out for a router"
+            )
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -54,6 +69,24 @@ class OptimConfig:
     clip: float = 1.0  # of the global gradient norm
     ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n)
 
+    def __post_init__(self) -> None:
+        for name in ("rate", "muon_rate"):
+            in_range(f"optim.{name}", getattr(self, name), 0, above=True)
+        for name in ("b1", "b2", "ema"):
+            in_range(f"optim.{name}", getattr(self, name), 0, 0.9999999)
+        in_range("optim.warmup", self.warmup, 0)
+        if self.decay_steps <= self.warmup:
+            raise UserError(
+                f"`optim.decay_steps` {self.decay_steps}: expected more than `optim.warmup`, {self.warmup}; the rate falls after it; "
+                "raise one or lower the other"
+            )
+        in_range("optim.final", self.final, 0, 1)
+        in_range("optim.weight_decay", self.weight_decay, 0)
+        if not 0 < self.clip < math.inf:
+            raise UserError(
+                f"`optim.clip` {self.clip}: expected a norm above 0; for no clipping a large one, such as 1e9"
+            )
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -67,6 +100,13 @@ class SampleConfig:
     steps: int = 20
     guidance: float = 3.5
 
+    def __post_init__(self) -> None:
+        in_range("sample.every", self.every, 0)
+        in_range("sample.rows", self.rows, 1, 1024)
+        in_range("sample.size", self.size, 16, 8192)
+        in_range("sample.steps", self.steps, 1, 1000)
+        in_range("sample.guidance", self.guidance, 0)
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -75,6 +115,9 @@ class ValidationConfig:
     path: str = ""  # a folder written by `python -m train.prepare`, of other rows than those trained on
     every: int = 0  # steps; 0 = never
     batches: int = 4  # of as many rows as a micro-batch
+
+    def __post_init__(self) -> None:
+        in_range("validation.every", self.every, 0)
 
 
 @dataclass(frozen=True)
@@ -131,6 +174,9 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` {getattr(self, name)}: expected at least 1")
+        for name in ("guidance", "time_mean", "time_std"):
+            in_range(name, getattr(self, name), -1e3 if name == "time_mean" else 0, 1e3, above=name == "time_std")
+        in_range("seed", self.seed, 0, SEEDS)
         if not 0 <= self.random_granularity <= 1:
             raise UserError(f"`random_granularity` {self.random_granularity}: expected a share from 0 to 1")
         if self.batch % self.accumulate:

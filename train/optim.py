@@ -45,7 +45,7 @@ def dotted(path: Any) -> str:
 
 def schedule(c: OptimConfig, rate: float) -> optax.Schedule:
     """Steps done -> learning rate: linear to `rate`, then a cosine to `c.final` of it."""
-    return optax.warmup_cosine_decay_schedule(0.0, rate, c.warmup, max(c.decay_steps, c.warmup + 1), rate * c.final)
+    return optax.warmup_cosine_decay_schedule(0.0, rate, c.warmup, c.decay_steps, rate * c.final)
 
 
 def learning_rates(c: OptimConfig, step: int) -> dict[str, float]:

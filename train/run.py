@@ -241,4 +241,7 @@ def make_adapter(config: TrainConfig, family: Family, bundle: Bundle) -> DynaIPC
         )
     choices = dataclasses.asdict(config.adapter)
     own = {name: choices.pop(name) for name in ("blocks", "query", "merge")}
-    return DynaIPConfig.for_base(family.sites, vision.hidden_size, hmoe=choices, **own)
+    try:
+        return DynaIPConfig.for_base(family.sites, vision.hidden_size, hmoe=choices, **own)
+    except ValueError as e:
+        raise UserError(f"`adapter`: {e}; choose sizes that fit the base {bundle.path}") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 from dynaip_jax.errors import UserError
 
 PATH = dict(path=True)  # metadata of a field that says where something lies that is known by its content
+SEEDS = 2**31 - 1  # the largest seed
 MULTIPLE = 16  # pixels a side of one image token: 8 in the autoencoder, 2 in packing
 
 
@@ -46,22 +48,27 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("flip_reference", "flip_target", "drop_image", "drop_text", "drop_both"):
-            _in_range(name, getattr(self, name), 0, 1)
+            in_range(f"data.{name}", getattr(self, name), 0, 1)
         drops = round(self.drop_image + self.drop_text + self.drop_both, 9)
-        _in_range("drop_image` + `data.drop_text` + `data.drop_both", drops, 0, 1)
-        _in_range("crop_reference", self.crop_reference, 0.01, 1)
-        _in_range("clip_size", self.clip_size, 16, 4096)
-        _in_range("seed", self.seed, 0, 2**31 - 1)
-        _in_range("workers", self.workers, 0, 256)
-        _in_range("prefetch", self.prefetch, 1, 256)
+        in_range("data.drop_image` + `data.drop_text` + `data.drop_both", drops, 0, 1)
+        in_range("data.crop_reference", self.crop_reference, 0.01, 1)
+        in_range("data.clip_size", self.clip_size, 16, 4096)
+        in_range("data.seed", self.seed, 0, SEEDS)
+        in_range("data.workers", self.workers, 0, 256)
+        in_range("data.prefetch", self.prefetch, 1, 256)
         if self.square not in ("pad", "crop"):
             raise UserError(f"`data.square` {self.square!r}: expected 'pad' or 'crop'")
         buckets(self.resolution, self.aspects)
 
 
-def _in_range(field: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise UserError(f"`data.{field}` {value}: expected a number from {least} to {most}")
+def in_range(name: str, value: float, least: float, most: float = math.inf, *, above: bool = False) -> None:
+    """Raises `UserError` for a value of the option `name` that is not from `least` (`above`: not beyond it) to `most`, is NaN or is
+    infinite."""
+    if not least <= value <= most or (above and value == least) or math.isinf(value):
+        wanted = f"above {least}" if above else f"of at least {least}"
+        if most < math.inf:
+            wanted = f"above {least} and at most {most}" if above else f"from {least} to {most}"
+        raise UserError(f"`{name}` {value}: expected a number {wanted}")
 
 
 def buckets(resolution: int, aspects: Sequence[str]) -> tuple[Bucket, ...]:
@@ -72,6 +79,7 @@ def buckets(resolution: int, aspects: Sequence[str]) -> tuple[Bucket, ...]:
     """
     if resolution < 64:
         raise UserError(f"`data.resolution` {resolution}: expected at least 64 pixels; choose a larger one")
+    in_range("data.resolution", resolution, 64, 16384)
     shapes: dict[tuple[int, int], Bucket] = {}
     for name in aspects:
         match = re.fullmatch(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})", name)

@@ -22,7 +22,7 @@ def test_a_missing_package_is_told_before_the_folder_is_touched(trainer, tmp_pat
     refused(
         trainer,
         words(tmp_path / "run"),
-        "training needs tensorboardX.record_writer, which is not installed; pip install -e .",
+        "training needs tensorboardX, which is not installed; pip install -e .",
     )
     assert not (tmp_path / "run").exists()
 

@@ -76,4 +76,5 @@ ADAPTER = dataclasses.replace(
 
 def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
     """The recipe with another number of steps; its learning rate decays over all of them."""
-    return dataclasses.replace(config, steps=steps, optim=dataclasses.replace(config.optim, decay_steps=steps))
+    decay_steps = max(steps, config.optim.warmup + 1)
+    return dataclasses.replace(config, steps=steps, optim=dataclasses.replace(config.optim, decay_steps=decay_steps))

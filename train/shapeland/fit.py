@@ -40,7 +40,7 @@ def fit(
 
     Checkpoints lie in `folder`. If one exists, training resumes from it.
     """
-    optim = OptimConfig(rate=rate, warmup=min(WARMUP, steps // 10), decay_steps=steps, final=0.02, ema=ema)
+    optim = OptimConfig(rate=rate, warmup=min(WARMUP, steps // 10), decay_steps=max(steps, 1), final=0.02, ema=ema)
     names = (dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
     decayed = set(filter(MATRIX.search, names))
     checkpoints = Checkpoints(folder, keep=1)
