@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = sources.read_subjects200k(args.source, args.min_quality or 0)
         case "folder":
             source = sources.read_folder(args.source)
+    for line in source.ignored:
+        print(line, file=sys.stderr)
     done = prepare(source, as_path(args.out), limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
     left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
     print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +27,29 @@ from dynaip_jax.errors import UserError
 
 MANIFEST = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
+NOT_READ = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jfif",
+    ".jxl",
+    ".jp2",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+    ".psd",
+    ".svg",
+)  # pictures too
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
 
 
 class Source(NamedTuple):
-    """`rows` in order, from `entries` lines, files or parquet rows."""
+    """`rows` in order, from `entries` lines, files or parquet rows; `ignored`: lines that say what beside them is not read."""
 
     entries: int
     rows: Iterator[Row | BadRow]
+    ignored: tuple[str, ...] = ()
 
 
 def read_manifest(path: Path) -> Source:
@@ -97,9 +113,14 @@ def read_folder(path: Path) -> Source:
         raise UserError(
             f"`source` {path}: no such folder; expected one of pictures with a .txt beside each; check the path"
         )
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    everything = sorted(path.rglob("*"))
+    files = [f for f in everything if f.suffix.lower() in SUFFIXES]
+    ignored = _ignored(path, everything)
     if not files:
-        raise UserError(f"`source` {path}: empty, no picture in it; expected {images.KINDS} files; check the path")
+        also = "".join(f"; {line}" for line in ignored)
+        raise UserError(
+            f"`source` {path}: empty, no picture in it{also}; expected {images.KINDS} files; check the path"
+        )
 
     def rows() -> Iterator[Row | BadRow]:
         for number, file in enumerate(files, 1):
@@ -118,7 +139,21 @@ def read_folder(path: Path) -> Source:
                     number, f"{text}: empty caption; expected a sentence that describes {file.name}; write one"
                 )
 
-    return Source(len(files), rows())
+    return Source(len(files), rows(), ignored)
+
+
+def _ignored(folder: Path, entries: list[Path]) -> tuple[str, ...]:
+    """What of a folder is passed over though it may be meant."""
+    kinds = Counter(f.suffix.lower() for f in entries if f.suffix.lower() in NOT_READ)
+    links = [f for f in entries if f.is_symlink() and f.is_dir()]
+    lines = []
+    if kinds:
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(kinds.items()))
+        lines.append(f"{folder}: {listed} files are not read; convert them to PNG or JPEG to have them")
+    if links:
+        more = f" and {len(links) - 1} more" if len(links) > 1 else ""
+        lines.append(f"{folder}: links to folders are not followed: {links[0].name}{more}")
+    return tuple(lines)
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -169,7 +204,19 @@ def _text(entry: dict[str, Any], field: str) -> str:
     value = entry.get(field)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise UserError(f"{'empty ' if value in ('', None) else ''}{field} {value!r}; expected text; write it")
+    _check_text(value, field)
     return value
+
+
+def _check_text(value: str, field: str) -> None:
+    """Raises `UserError` for text that is no Unicode: JSON can hold half of a character's pair (an emoji cut in two), UTF-8 cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{field} {value[max(0, e.start - 20) : e.end]!r}: half a character, \\u{ord(value[e.start]):x}, at place {e.start + 1}; "
+            "expected whole ones; write it again"
+        ) from e
 
 
 def _names(subject: str, caption: str) -> bool:
@@ -180,6 +227,7 @@ def _names(subject: str, caption: str) -> bool:
 
 def _composite(image: Any, folder: Path, number: int) -> Picture:
     if isinstance(image, str):
+        _check_text(image, "image")
         return Picture(folder / image)
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         return Picture(folder / (image.get("path") or f"image of row {number}"), image["bytes"])

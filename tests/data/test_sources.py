@@ -85,6 +85,16 @@ def test_bad_rows(tmp_path, line, reason):
     assert "; " in bad.reason or "too long" in bad.reason
 
 
+@pytest.mark.parametrize("field", ["caption", "subject", "target", "reference", "mask"])
+def test_half_a_character_is_a_bad_row(tmp_path, field):
+    """JSON can say a lone surrogate; it cannot be stored as UTF-8, nor be the name of a file."""
+    good = entries(tmp_path)[0]
+    bad = good | dict(caption="\ud83d " + good["caption"]) if field == "caption" else good | {field: "x\ud83d"}
+    rows = checked(sources.read_manifest(write_lines(tmp_path, [good, bad, good])))
+    assert [isinstance(row, BadRow) for row in rows] == [False, True, False]
+    assert f"{field} '" in rows[1].reason and "half a character" in rows[1].reason and rows[1].reason.isprintable()
+
+
 @pytest.mark.parametrize("subject", ["Ginger  CAT", "cat", "sofa"])
 def test_subject_words_in_any_case_and_spacing(tmp_path, subject):
     entries(tmp_path)
@@ -209,6 +219,21 @@ def test_folder(tmp_path):
     assert "coffee.txt: empty caption" in checked(sources.read_folder(tmp_path))[3].reason
     (tmp_path / "coffee.txt").write_bytes(b"\xff\xfe\xff")
     assert "coffee.txt: caption cannot be read" in checked(sources.read_folder(tmp_path))[3].reason
+
+
+def test_what_a_folder_has_beside_its_rows_is_said(tmp_path):
+    entries(tmp_path)
+    for name in ("a.HEIC", "b.heic", "c.avif"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "linked").symlink_to(tmp_path.parent, target_is_directory=True)
+    assert sources.read_folder(tmp_path).ignored == (
+        f"{tmp_path}: 1 .avif, 2 .heic files are not read; convert them to PNG or JPEG to have them",
+        f"{tmp_path}: links to folders are not followed: linked",
+    )
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.heic").write_bytes(b"x")
+    with pytest.raises(UserError, match="no picture in it; .*1 .heic files are not read"):
+        sources.read_folder(tmp_path / "only")
 
 
 def test_empty_folder(tmp_path):
