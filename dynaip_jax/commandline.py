@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import (
     Annotated,
@@ -90,7 +91,15 @@ def _filled(cls: type[T], given: dict[str, Any], prog: str) -> T:
             given[f.name] = bool(given[f.name])  # tyro counts it
         elif given.get(f.name) == () and (f.default is dataclasses.MISSING or not f.metadata["repeat"]):
             raise UserError(f"`{f.name}`: no value given; expected at least one; see {prog} --help")
+        _check_local(f.name, given.get(f.name))
     return cls(**given)
+
+
+def _check_local(field: str, value: Any) -> None:
+    """Raises `UserError` for a bucket where a `Path` is meant, which would become a local folder "gs:"."""
+    for path in value if isinstance(value, tuple) else (value,):
+        if isinstance(path, Path) and re.fullmatch(r"(gs|s3):", path.parts[0] if path.parts else ""):
+            raise UserError(f"`{field}` {path}: lies in a bucket; expected a path on a disk; copy it from or to there")
 
 
 def run_tyro(kind: Any, words: Sequence[str], *, see: str, **options: Any) -> Any:
@@ -228,6 +237,8 @@ def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, s
 
     `flags`: options whose flag is not `flag(option)`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:

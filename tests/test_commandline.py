@@ -40,6 +40,13 @@ def test_values_and_defaults():
     )
 
 
+@pytest.mark.parametrize("box", ["gs://bucket/box", "s3://bucket/box"])
+def test_a_bucket_is_no_local_folder(box):
+    with pytest.raises(UserError, match="`box` ...bucket/box: lies in a bucket; expected a path on a disk"):
+        parse(Arguments, ["--box", box, "--item", "a"], "pack")
+    assert parse(Arguments, ["--box", "a/gs:/b", "--item", "gs://x"], "pack").item == ("gs://x",)
+
+
 def test_other_words_are_handed_on_in_order():
     words = ["--data.clip_size", "3", *NEEDED, "--data.path", "-1", "--fields", "x"]
     assert parse_known(Arguments, words, "pack")[1] == ["--data.clip_size", "3", "--data.path", "-1", "--fields", "x"]
