@@ -1,7 +1,8 @@
-"""The adapter on FLUX.1-dev at about 1024 x 1024 pixels: `flux_dev_512` continued at four times the tokens.
+"""The adapter on FLUX.1-dev at about 1024 x 1024 pixels, started from what `flux_dev_512` made, at four times the tokens.
 
-Command:   python -m train.main --config configs/flux_dev_1024.py --workdir runs/flux-1024 \\
-               --bundle bundles/flux-dev --data.path data/subjects
+Command:   python -m train.export --workdir runs/flux-512 --out adapters/flux-512
+           python -m train.main --config configs/flux_dev_1024.py --workdir runs/flux-1024 \\
+               --bundle bundles/flux-dev --data.path data/subjects --init-adapter adapters/flux-512
 Hardware:  16 chips of 16 GiB (TPU v5e 4x4) or 8 GPUs of 80 GB; on another number of devices set --mesh.fsdp and --batch
 Memory:    5.6 of 16 GiB a chip on v5e:4x4 by `dynaip plan` (docs/performance.md)
 Speed:     not measured

@@ -32,7 +32,7 @@ def assembled(
         check_workdir(run.workdir, config, run.identity, resume=resume, overwrite=overwrite)
         for line in moved(read_config(run.workdir), config) if resume and holds_run(run.workdir) else ():
             say(f"{line} (its content is the same)")
-        for part in ("constants", "frozen", "data"):
+        for part in ("constants", "frozen", "data", *(() if resume else ("first_adapter",))):
             getattr(run, part)
         run.evaluators = shipped(run)
         barrier("all have checked")

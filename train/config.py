@@ -153,6 +153,9 @@ class TrainConfig:
     distributed: DistributedConfig = _resumable(DistributedConfig)
 
     trainable: Literal["adapter", "base", "all"] = "adapter"  # "base": the transformer alone, without image prompt
+    init_adapter: str = _resumable(
+        ""
+    )  # start from this adapter's weights, as python -m train.export wrote it; "": from random ones
     fresh_base: bool = False  # train the transformer from random weights instead of the bundle's
     steps: int = _resumable(100_000)
     batch: int = 16
@@ -186,6 +189,10 @@ class TrainConfig:
         if self.fresh_base and self.trainable == "adapter":
             raise UserError(
                 "`fresh_base`: a frozen base must not be random; pass `trainable` base or all, or leave it out"
+            )
+        if self.init_adapter and self.trainable == "base":
+            raise UserError(
+                f"`init_adapter` {self.init_adapter}: `trainable` base has no adapter to start; pass adapter or all, or leave it out"
             )
         if self.validation.every and not self.validation.path:
             raise UserError(

@@ -25,12 +25,14 @@ from dynaip_jax.layers.compute import Compute
 from dynaip_jax.planner import flops
 from dynaip_jax.runtime.sharding import abstract, batch_positions, batch_sharding, make_mesh
 from dynaip_jax.shapeland import default
+from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
 from dynaip_jax.storage.bundle import Bundle
+from dynaip_jax.storage.codec import from_dict
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig
+from train.config import TrainConfig, differing
 from train.constants import Constants
 from train.evaluators import Due
-from train.state import TrainState, abstract_state, fresh_state, state_shardings
+from train.state import TrainState, abstract_state, fresh_state, started_from, state_shardings
 from train.step import jitted
 
 
@@ -169,6 +171,24 @@ class Run:
         self._close.callback(checkpoints.close)
         return checkpoints
 
+    @cached_property
+    def first_adapter(self) -> dict[str, Any] | None:
+        """`adapter.json` of the adapter to start from; None for random weights. It must be of the base and form that the config asks for."""
+        path = self.config.init_adapter
+        if not path:
+            return None
+        manifest = read_adapter_manifest(path, base=self.bundle, field="init_adapter")
+        try:
+            differences = differing(from_dict(DynaIPConfig, manifest["config"]), self.constants.adapter)
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"`init_adapter` {path}: its config cannot be read ({e}); export the adapter again") from e
+        if differences:
+            raise UserError(
+                f"`init_adapter` {path}: made otherwise than this run asks for ({'; '.join(differences)}); set the recipe's `adapter` to that, "
+                "or start from another"
+            )
+        return manifest
+
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
         base = None
@@ -177,7 +197,15 @@ class Run:
             place = self.places.params["transformer"]
             target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), target, place)
             base = self.bundle.load("transformer", target)
-        return fresh_state(self.config, self.constants, self.places, base)
+        state = fresh_state(self.config, self.constants, self.places, base)
+        if self.first_adapter is None:
+            return state
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state.params["adapter"],
+            self.places.params["adapter"],
+        )
+        return started_from(state, adapter=read_adapter_weights(self.config.init_adapter, target))
 
     def first_state(self) -> tuple[TrainState, int]:
         """The state to go on from, and how many steps it has done: the latest checkpoint, which also sets `data`, or a fresh one."""

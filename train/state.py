@@ -84,8 +84,9 @@ def fresh_state(config: TrainConfig, constants: Constants, places: TrainState, b
     state = jax.jit(
         lambda: init_state(config.optim, fresh_params(config, constants), constants.matrices), out_shardings=places
     )()
-    if base is None:
-        return state
-    return state._replace(
-        params=state.params | dict(transformer=base), ema=state.ema | dict(transformer=jax.tree.map(jnp.copy, base))
-    )
+    return state if base is None else started_from(state, transformer=base)
+
+
+def started_from(state: TrainState, **parts: Any) -> TrainState:
+    """A state before the first step with other parameters for some `parts`, which their averages start from too."""
+    return state._replace(params=state.params | parts, ema=state.ema | jax.tree.map(jnp.copy, parts))

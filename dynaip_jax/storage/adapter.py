@@ -35,21 +35,24 @@ def write_adapter(
         write_manifest(work / ADAPTER_FILE, KIND, content)
 
 
-def read_adapter_manifest(path: str | Path, *, base: Bundle, any_base: bool = False) -> dict[str, Any]:
+def read_adapter_manifest(
+    path: str | Path, *, base: Bundle, any_base: bool = False, field: str = "adapter"
+) -> dict[str, Any]:
     """Reads and checks `adapter.json` against the bundle it is to be used with.
 
-    Raises `UserError` for another format or family, and for another base model unless `any_base`.
+    Raises `UserError` for another format or family, and for another base model unless `any_base`; the message names the option `field`.
     """
-    manifest = read_manifest(as_path(path), ADAPTER_FILE, KIND, "adapter", "export the adapter again")
+    manifest = read_manifest(as_path(path), ADAPTER_FILE, KIND, field, "export the adapter again")
     made_for, family = manifest.get("base", {}), base.manifest["family"]
     if made_for.get("family") != family:
         raise UserError(
-            f"`adapter` {path}: made for family {made_for.get('family')!r}; the model is {family!r}; use an adapter for it"
+            f"`{field}` {path}: made for family {made_for.get('family')!r}; the model is {family!r}; use an adapter for it"
         )
     if made_for.get("fingerprint") != base.fingerprint and not any_base:
+        anyway = ", or `any_base` to try a fine-tune of it" if field == "adapter" else ""
         raise UserError(
-            f"`adapter` {path}: made for another base (fingerprint {str(made_for.get('fingerprint'))[:12]}, this model has "
-            f"{base.fingerprint[:12]}); use the model it was trained on, or `any_base` to try a fine-tune of it"
+            f"`{field}` {path}: made for another base (fingerprint {str(made_for.get('fingerprint'))[:12]}, this model has "
+            f"{base.fingerprint[:12]}); use the model it was trained on{anyway}"
         )
     return manifest
 

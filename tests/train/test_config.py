@@ -6,7 +6,7 @@ from dynaip_jax.data.config import DataConfig
 from train.config import TrainConfig, differing, moved
 
 FREE = {
-    "bundle", "steps", "log_every", "save_every", "keep", "sample", "mesh", "distributed", "validation", "profile",
+    "bundle", "init_adapter", "steps", "log_every", "save_every", "keep", "sample", "mesh", "distributed", "validation", "profile",
 }  # fmt: skip
 
 
