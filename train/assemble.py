@@ -9,11 +9,11 @@ import jax
 from etils import epath
 
 from dynaip_jax.errors import UserError
+from train.agreement import check_config, check_identity, shared
 from train.config import TrainConfig, moved
 from train.evaluators import Due
 from train.metrics import say
 from train.run import Run
-from train.stopping import barrier
 from train.workdir import check_workdir, claim_workdir, holds_run, read_config
 
 
@@ -28,6 +28,7 @@ def assembled(
     check_imports()
     run = Run(config, workdir)
     with contextlib.closing(run):
+        check_config(config, resume=resume, overwrite=overwrite, workdir=run.workdir.name)
         run.check_batch()
         check_workdir(run.workdir, config, run.identity, resume=resume, overwrite=overwrite)
         for line in moved(read_config(run.workdir), config) if resume and holds_run(run.workdir) else ():
@@ -35,10 +36,10 @@ def assembled(
         for part in ("constants", "frozen", "data", *(() if resume else ("first_adapter",))):
             getattr(run, part)
         run.evaluators = shipped(run)
-        barrier("all have checked")
-        if jax.process_index() == 0:
-            claim_workdir(run.workdir, config, run.identity, overwrite=overwrite)
-        barrier("workdir")
+        check_identity(run.identity)
+        with shared(run.workdir):
+            if jax.process_index() == 0:
+                claim_workdir(run.workdir, config, run.identity, overwrite=overwrite)
         yield run
 
 
