@@ -17,6 +17,7 @@ from dynaip_jax.errors import UserError
 from train.assemble import assembled
 from train.config import TrainConfig
 from train.metrics import Meter, Metrics, say
+from train.opening import opening
 from train.overview import overview
 from train.profiling import Profile
 from train.run import Run
@@ -35,7 +36,7 @@ def train(config: TrainConfig, workdir: epath.PathLike, *, resume: bool = False,
         state, start = run.first_state()
         try:
             with (
-                Metrics(run.workdir, start, write=jax.process_index() == 0) as metrics,
+                Metrics(run.workdir, start, write=jax.process_index() == 0, steps=config.steps) as metrics,
                 Profile(config.profile, run.workdir / "profile") as profile,
                 Stop() as stop,
             ):
@@ -51,6 +52,7 @@ def loop(run: Run, state: TrainState, start: int, metrics: Metrics, profile: Pro
         say(f"step {start} of {config.steps} is done already; raise --steps to go on")
     else:
         say(overview(run, state))
+        say(opening(run, start))
     _, step_fn = run.programs
     meter = Meter(run)
     running = checkpoints.mean_loss(start) if start else math.nan  # of the loss, for choosing the best checkpoint

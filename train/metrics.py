@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -68,11 +69,11 @@ class Meter:
 class Metrics:
     """`metrics.jsonl` and TensorBoard events in the run's folder, and a line on the terminal.
 
-    On resumption at step `start` the lines of later steps, from before a kill, are dropped.
+    `steps`: of the whole run, for saying what is left of it. On resumption at step `start` the lines of later steps, from before a kill, are dropped.
     """
 
-    def __init__(self, workdir: epath.Path, start: int, *, write: bool):
-        self._workdir, self._start, self._write = workdir, start, write
+    def __init__(self, workdir: epath.Path, start: int, *, write: bool, steps: int | None = None):
+        self._workdir, self._start, self._steps, self._write = workdir, start, steps, write
 
     def __enter__(self) -> Metrics:
         if self._write:
@@ -102,8 +103,15 @@ class Metrics:
         self._append(step, line)
         say(
             f"step {step}  loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  "
-            f"{line['images_per_second']:.3g} images/s  waiting for data {line['data_wait']:.1%}"
+            f"{line['images_per_second']:.3g} images/s  waiting for data {line['data_wait']:.1%}{self._left(step, line)}"
         )
+
+    def _left(self, step: int, line: dict[str, Any]) -> str:
+        """How many steps there are, and how long the rest takes at the speed of the last ones, if that is known."""
+        if self._steps is None:
+            return ""
+        seconds = round((self._steps - step) * line["step_seconds"])
+        return f"  of {self._steps} steps, about {datetime.timedelta(seconds=seconds)} left"
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """One more line of `step` with what an evaluator returned; none if that is nothing."""

@@ -38,8 +38,8 @@ def fixed(config, **changes):
 
 
 def without_overview(lines):
-    """Lines of stderr without the table of parameters."""
-    return [line for line in lines if not line.startswith(("parameters: ", "  "))]
+    """Lines of stderr without the table of parameters and what is said of data and run."""
+    return [line for line in lines if not line.startswith(("parameters: ", "data: ", "run: ", "  "))]
 
 
 def words(workdir, *more):
