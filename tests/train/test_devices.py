@@ -171,6 +171,15 @@ def test_a_process_that_fails_does_not_leave_the_other_waiting(home, port, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_with_different_options_end_before_the_first_step(home, port, tmp_path):
+    children = two_processes(home, tmp_path, port, others=((), ("--optim.rate", 0.5)))
+    assert [child.end() for child in children] == [2, 2], children[0].log.read_text()
+    for child in children:
+        (line,) = [line for line in child.log.read_text().splitlines() if line.startswith("error: ")]
+        assert "error: process 1 (" in line and "--optim.rate 0.5; process 0 (" in line and "has 0.001" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "options, found",
     [
