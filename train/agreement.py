@@ -32,14 +32,13 @@ PATIENCE = 30.0  # seconds until a file that one host wrote must be seen by the 
 def check_config(config: TrainConfig, **more: Any) -> None:
     """Raises `UserError`, on all processes alike, if their configs differ, or what else they were told (`more`)."""
     facts = _flat(to_dict(config)) | more
-    _check_same(
-        {name: value for name, value in facts.items() if name not in OWN}, "start all processes with the same options"
-    )
+    told = {f"`{name}`": value for name, value in facts.items() if name not in OWN}
+    _check_same(told, "start all processes with the same options")
 
 
 def check_identity(identity: Mapping[str, str]) -> None:
     """Raises `UserError`, on all processes alike, if they would train from other data or weights: `Run.identity`."""
-    _check_same(dict(identity), "give all hosts the same data and bundle")
+    _check_same({f"its {name}": value for name, value in identity.items()}, "give all hosts the same data and bundle")
 
 
 def _check_same(facts: dict[str, Any], remedy: str) -> None:
@@ -49,7 +48,7 @@ def _check_same(facts: dict[str, Any], remedy: str) -> None:
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
                 raise UserError(
-                    f"process {number} ({host}): `{name}` {_short(other.get(name))}; process 0 ({first_host}) has "
+                    f"process {number} ({host}): {name} {_short(other.get(name))}; process 0 ({first_host}) has "
                     f"{_short(first.get(name))}; {remedy}"
                 )
 

@@ -118,10 +118,12 @@ class Run:
     @cached_property
     def frozen(self) -> dict[str, Any]:
         """Component -> parameters that training reads and does not change, on the mesh."""
-        config = self.config
-        needs_encoders = not config.data.features or config.sample.every or config.validation.every
-        base = ("transformer",) if config.trainable == "adapter" else ()
-        return self.load(*(self.encoders if needs_encoders else ()), *base)
+        base = ("transformer",) if self.config.trainable == "adapter" else ()
+        return self.load(*(() if self.config.data.features else self.encoders), *base)
+
+    def held(self, *names: str) -> dict[str, Any]:
+        """Frozen components: of `frozen`, or, if training from a cache has no need of them, read now and left to the caller."""
+        return {name: self.frozen[name] if name in self.frozen else self.load(name)[name] for name in names}
 
     @property
     def base(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import jax
 import numpy as np
 
 from dynaip_jax import images
-from dynaip_jax.adapters.dynaip import DynaIPConfig
+from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
 from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import pictures
 from dynaip_jax.errors import UserError
+from dynaip_jax.families.base import REFERENCE_ENCODER, Family
+from dynaip_jax.runtime.compiling import QUICK
 from dynaip_jax.runtime.layouts import Arranged
-from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_text, make_image_prompt
-from dynaip_jax.sampling.denoise import Parts, generate
+from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_text
+from dynaip_jax.sampling.denoise import Parts, generate, on_mesh
 from dynaip_jax.sampling.options import SampleOptions
+from dynaip_jax.types import ImagePrompt
 from train.config import SampleConfig
 from train.run import Run
 from train.state import TrainState
@@ -38,22 +42,34 @@ class Sampler:
         if config.sample.size % family.multiple:
             raise UserError(f"`sample.size` {config.sample.size}: expected a multiple of {family.multiple}")
         self._prompts, self._references = _prompts_and_references(config.sample, run.dataset)
-        encoders = {name: run.frozen[name] for name in family.text_encoders}
-        text = encode_text(family, encoders, run.tokenizers.ids(self._prompts))
-        self._text = [jax.tree.map(lambda x, n=n: x[n : n + 1], text) for n in range(len(self._prompts))]
+        text_encoders = run.held(*family.text_encoders)
+        self._text = encode_text(family, text_encoders, run.tokenizers.ids(self._prompts))
+        del text_encoders
+        self._levels = self._seen() if isinstance(constants.adapter, DynaIPConfig) else None
+        self._vae = run.held("vae")["vae"]
         latent = family.latent(config.sample.size, config.sample.size)
         self._noise = np.asarray(jax.random.normal(jax.random.key(config.seed), (1, *latent)))
         guidance = config.sample.guidance if family.takes_guidance else None
         self._options = SampleOptions(steps=config.sample.steps, guidance=guidance)
 
+    def _seen(self) -> tuple[jax.Array, ...]:
+        """CLIP's hidden states of the references, each `[n, 1, m, c]`: they do not change while the adapter is trained."""
+        family, adapter = self._run.constants.family, self._run.constants.adapter
+        assert adapter is not None
+        size = family.config(REFERENCE_ENCODER).image_size
+        pixels = np.stack([images.clip_pixels(reference, size) for reference in self._references])
+        vision = jax.jit(family.vision, static_argnums=2, compiler_options=QUICK)
+        levels = vision(self._run.held(REFERENCE_ENCODER)[REFERENCE_ENCODER], pixels, adapter.hmoe.levels)
+        return tuple(level[:, None] for level in levels)
+
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """Draws the grid with the averaged weights of `state`; process 0 writes it. No figures."""
+        columns = {label: self._pictures(state, text_gain) for label, text_gain in COLUMNS.items()}
         cells = []
-        for text, reference in zip(self._text, self._references, strict=True):
+        for number, reference in enumerate(self._references):
             cells.append(images.labelled(images.square(reference), "reference", self._cell))
-            for label, text_gain in COLUMNS.items():
-                picture = images.to_uint8(self._picture(state, text, reference, text_gain))
-                cells.append(images.labelled(picture, label, self._cell))
+            for label, column in columns.items():
+                cells.append(images.labelled(images.to_uint8(column[number]), label, self._cell))
         if jax.process_index() == 0:
             grid = images.grid(cells, columns=1 + len(COLUMNS))
             self._write(grid, f"step_{step:06d}.png", dict(step=step, prompts=self._prompts))
@@ -69,24 +85,41 @@ class Sampler:
     def _cell(self) -> int:
         return min(CELL, max(128, self._sample.size))
 
-    def _picture(self, state: TrainState, text: Any, reference: np.ndarray, text_gain: float | None) -> np.ndarray:
-        constants, frozen = self._run.constants, self._run.frozen
-        family, options, prompt = constants.family, self._options, None
-        if text_gain is not None and isinstance(constants.adapter, DynaIPConfig):
-            pixels = images.clip_pixels(reference, family.config("clip_vision").image_size)[None, None]
-            options = dataclasses.replace(options, text_gain=text_gain)
-            gains = adapter_options(options)
-            prompt, _ = make_image_prompt(
-                family, constants.adapter, frozen["clip_vision"], state.ema["adapter"], pixels, gains
-            )
-        weights = Arranged(state.ema.get("transformer", frozen.get("transformer")))
-        parts = Parts(family, weights, frozen["vae"])
-        decoded = generate(parts, Conditions(text, prompt), self._noise, options).pictures
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+    def _pictures(self, state: TrainState, text_gain: float | None) -> np.ndarray:
+        """A column, float32 `[n, H, W, 3]`: as many pictures at once as the mesh has parts of a batch, each from the same noise."""
+        constants, mesh = self._run.constants, self._run.mesh
+        weights = Arranged(state.ema.get("transformer", self._run.frozen.get("transformer")))
+        parts = Parts(constants.family, weights, self._vae, mesh if mesh.size > 1 else None)
+        together, count = mesh.shape["data"] * mesh.shape["fsdp"], len(self._prompts)
+        drawn = []
+        for start in range(0, count, together):
+            rows = np.resize(np.arange(start, min(start + together, count)), together)
+            text, levels = jax.tree.map(lambda x, rows=rows: x[rows], (self._text, self._levels))
+            options, prompt = self._options, None
+            if text_gain is not None and levels is not None:
+                options = dataclasses.replace(options, text_gain=text_gain)
+                with on_mesh(parts.mesh):
+                    prompt = _image_prompt(
+                        constants.family, constants.adapter, state.ema["adapter"], levels, adapter_options(options)
+                    )
+            decoded = generate(
+                parts, Conditions(text, prompt), np.repeat(self._noise, together, axis=0), options
+            ).pictures
+            if jax.process_count() > 1:
+                from jax.experimental import multihost_utils
 
-            decoded = multihost_utils.process_allgather(decoded, tiled=True)
-        return np.asarray(decoded[0])
+                decoded = multihost_utils.process_allgather(decoded, tiled=True)
+            drawn.append(np.asarray(decoded)[: count - start])
+        return np.concatenate(drawn)
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def _image_prompt(
+    family: Family, config: DynaIPConfig, params: Any, levels: Any, options: dict[str, Any]
+) -> ImagePrompt:
+    """The image prompt of CLIP's `levels`, computed as the pipeline does."""
+    adapter: Any = DynaIP(config, family.compute(REFERENCE_ENCODER))
+    return adapter.apply({"params": params}, levels, **options)[0]
 
 
 def _prompts_and_references(sample: SampleConfig, dataset: Dataset) -> tuple[list[str], list[np.ndarray]]:

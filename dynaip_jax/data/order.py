@@ -70,6 +70,10 @@ class BatchOrder:
                 )
             del shapes[poorest]
 
+    def rows_in(self, bucket: int) -> Int[np.ndarray, " n"]:
+        """Rows of the bucket of this index."""
+        return self._members[bucket]
+
     def step(self, step: int) -> Step:
         """The global batch of training step `step`, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.steps_per_epoch)

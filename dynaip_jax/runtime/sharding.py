@@ -157,6 +157,12 @@ def batch_positions(mesh: Mesh, batch: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch)[place] for place in places]))
 
 
+def local_part(x: jax.Array) -> np.ndarray:
+    """The rows of an array split by `batch_sharding` that this process has, in the order of `batch_positions`."""
+    rows: dict[int, Any] = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])
+
+
 def abstract(boxed: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a boxed abstract tree, as `jax.ShapeDtypeStruct`s: what a checkpoint restores to."""
     plain = nn.meta.unbox(boxed)

@@ -33,10 +33,10 @@ def on_b(**changes):
 def test_options_that_differ_are_named_with_their_process(config, others):
     check_config(config, resume=False)
     for changes, found in (
-        ({"optim.rate": 0.5}, "`optim.rate` 0.5; process 0 .* has 0.001; start all processes with the same options"),
-        ({"steps": 9}, "`steps` 9; process 0"),
-        ({"resume": True}, "`resume` True; process 0 .* has False"),
-        ({"sample.prompts": ["x"]}, r"`sample.prompts` \['x'\]; process 0 .* has \[\]"),
+        ({"`optim.rate`": 0.5}, "`optim.rate` 0.5; process 0 .* has 0.001; start all processes with the same options"),
+        ({"`steps`": 9}, "`steps` 9; process 0"),
+        ({"`resume`": True}, "`resume` True; process 0 .* has False"),
+        ({"`sample.prompts`": ["x"]}, r"`sample.prompts` \['x'\]; process 0 .* has \[\]"),
     ):
         others.append(on_b(**changes))
         with pytest.raises(UserError, match=rf"process 1 \(b\): {found}"):
@@ -56,9 +56,9 @@ def test_where_a_host_has_its_data_is_its_own_affair(config, others, monkeypatch
 
 def test_other_data_are_named(others):
     check_identity(dict(base="a", data="b"))
-    others.append(on_b(data="c"))
+    others.append(on_b(**{"its data": "c"}))
     with pytest.raises(
-        UserError, match=r"process 1 \(b\): `data` 'c'; process 0 .* has 'b'; give all hosts the same data"
+        UserError, match=r"process 1 \(b\): its data 'c'; process 0 .* has 'b'; give all hosts the same data"
     ):
         check_identity(dict(base="a", data="b"))
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.train.runs import metrics
 from train import assemble
+from train.cache import cache
 from train.config import SampleConfig, ValidationConfig
 from train.evaluators import Due
 from train.loop import train
@@ -73,6 +74,25 @@ def test_validation_is_the_mean_over_its_batches(validated):
     assert two(1, state)["validation_loss"] != pytest.approx(both, rel=1e-6)  # each batch has its own noise and times
     rows = [set(batch.row.tolist()) for batch in two._batches]
     assert len(rows[0] | rows[1]) == 4 and first != both
+
+
+def test_a_cached_run_reads_the_encoders_for_its_evaluators_and_drops_them(validated, tmp_path):
+    """Grid and loss are those of the run that encodes while it trains."""
+    sample = SampleConfig(every=1, rows=3, size=32, steps=1)
+    plain = dataclasses.replace(validated, sample=sample)
+    cache(plain, tmp_path / "cache")
+    cached = dataclasses.replace(plain, data=dataclasses.replace(plain.data, features=str(tmp_path / "cache")))
+    values, grids = [], []
+    for name, config in (("plain", plain), ("cached", cached)):
+        with assemble.assembled(config, tmp_path / name) as run:
+            state = run.fresh_state()
+            sampler, validation = (due.evaluate for due in run.evaluators)
+            sampler(1, state)
+            values.append(validation(1, state)["validation_loss"])
+            assert set(run.frozen) == ({"transformer"} if name == "cached" else {*run.encoders, "transformer"})
+        grids.append(np.asarray(Image.open(tmp_path / name / "samples" / "step_000001.png")))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    np.testing.assert_array_equal(*grids)
 
 
 def test_a_grid_of_samples_is_drawn_with_the_averaged_weights(config, tmp_path):
