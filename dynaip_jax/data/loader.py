@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
+from dynaip_jax.data.asking import Alone, Answers, Asked
 from dynaip_jax.data.config import DataConfig
 from dynaip_jax.data.features import Cached
 from dynaip_jax.data.order import BatchOrder, make_order
@@ -71,17 +72,17 @@ def _identity(dataset: Dataset, reader: Reader) -> dict[str, Any]:
 
 
 class _Steps:
-    """Random access to the batches of one process, counted from training step `start`."""
+    """Random access to the batches of one process, counted from training step `start`. `asked` knows the rows of each."""
 
-    def __init__(self, order: BatchOrder, reader: Reader, positions: np.ndarray, start: int):
-        self.order, self.reader, self.positions, self.start = order, reader, positions, start
+    def __init__(self, asked: Asked | Alone, reader: Reader, start: int):
+        self.asked, self.reader, self.start = asked, reader, start
 
     def __len__(self) -> int:
         return sys.maxsize - self.start
 
     def __getitem__(self, n: int) -> Any:
-        step = self.order.step(self.start + int(n))
-        return self.reader.read(step.rows[self.positions], step.bucket, step.epoch)
+        step = self.asked.step(self.start + int(n))
+        return self.reader.read(step.rows, step.bucket, step.epoch)
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -104,7 +105,7 @@ class BatchIterator(grain.DatasetIterator):
         identity: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self._inner: list[Any] = []  # grain's iterator, if it runs
+        self._inner: list[Any] = []  # what answers its workers, and grain's iterator, if it runs
         weakref.finalize(self, _end, self._inner)  # at exit, while there still is an interpreter
         self.order, self.reader, self._positions = order, reader, positions
         self._identity = dict(identity or {})
@@ -115,7 +116,7 @@ class BatchIterator(grain.DatasetIterator):
         self._assert_not_closed()
         self.start_prefetch()
         try:
-            batch = next(self._inner[0])
+            batch = next(self._inner[-1])
         except RuntimeError as e:
             if "terminated unexpectedly" not in str(e):
                 raise
@@ -133,14 +134,19 @@ class BatchIterator(grain.DatasetIterator):
         if not self._inner:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, and refuse to before absl has parsed any
                 flags.FLAGS.mark_as_parsed()
-            steps: Any = _Steps(self.order, self.reader, self._positions, self._step)
+            asked: Asked | Alone = Alone(self.order, self._positions)
+            if self._workers:
+                answers = Answers(self.order, self._positions)
+                self._inner.append(answers)
+                asked = answers.asked
+            steps: Any = _Steps(asked, self.reader, self._step)
             threads = 0 if self._workers else self._prefetch
             batches = grain.MapDataset.source(steps).to_iter_dataset(
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
             )
             options = grain.MultiprocessingOptions(self._workers, self._prefetch)
             self._inner.append(iter(batches.mp_prefetch(options, _start_worker)))
-            self._inner[0].start_prefetch()
+            self._inner[-1].start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
         """The next step, a fingerprint of the buckets, batch size and seed that give it its meaning, and the data's `identity`."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,9 @@ from jaxtyping import Int
 from dynaip_jax.data.config import Bucket, DataConfig, buckets
 from dynaip_jax.data.records import Dataset
 from dynaip_jax.errors import UserError
+
+ROWS = np.int32  # indices of rows: half the memory of int64, and the same shuffles
+PART = 1 << 20  # rows that are looked at together
 
 
 class Step(NamedTuple):
@@ -46,19 +49,26 @@ class BatchOrder:
             )
         self.seed, self.global_batch = seed, global_batch
         self.warnings: list[str] = []
-        self.bucket_of, kept = self._assign(np.asarray(sizes), list(shapes))
+        self._lock = Lock()
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.bucket_of, kept = self._assign(sizes, list(shapes))
         self.buckets = tuple(kept)
-        self._members = [np.flatnonzero(self.bucket_of == b) for b in range(len(kept))]
+        self._members = [np.flatnonzero(self.bucket_of == b).astype(ROWS) for b in range(len(kept))]
         self.steps_per_epoch = sum(len(m) // global_batch for m in self._members)
-        facts = repr((self.buckets, global_batch, seed)).encode() + np.asarray(sizes, np.int32).tobytes()
-        self.fingerprint = hashlib.sha256(facts).hexdigest()[:16]
+        facts = hashlib.sha256(repr((self.buckets, global_batch, seed)).encode())
+        for part in _parts(sizes):
+            facts.update(np.ascontiguousarray(part, np.int32).data)
+        self.fingerprint = facts.hexdigest()[:16]
 
     def _assign(self, sizes: np.ndarray, shapes: list[Bucket]) -> tuple[np.ndarray, list[Bucket]]:
         """The bucket of each row, and the buckets that fill at least one batch."""
-        ratio = np.log(sizes[:, 1] / sizes[:, 0])
+        nearest = np.empty(len(sizes), np.uint8 if len(shapes) < 256 else np.uint16)
         while True:
-            centres = np.log([s.width / s.height for s in shapes])
-            nearest = np.abs(ratio[:, None] - centres).argmin(axis=1)
+            centres, done = np.log([s.width / s.height for s in shapes]), 0
+            for part in _parts(sizes):
+                ratio = np.log(part[:, 1] / part[:, 0])
+                nearest[done : done + len(part)] = np.abs(ratio[:, None] - centres).argmin(axis=1)
+                done += len(part)
             counts = np.bincount(nearest, minlength=len(shapes))
             if counts.min() >= self.global_batch:
                 return nearest, shapes
@@ -77,7 +87,12 @@ class BatchOrder:
     def step(self, step: int) -> Step:
         """The global batch of training step `step`, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        rows, bucket = _epoch(self, epoch)
+        with self._lock:  # threads that come to a new epoch together shuffle it once
+            if epoch not in self._epochs:
+                for old in sorted(self._epochs)[:-1]:  # at the border of two epochs, threads ask for both
+                    del self._epochs[old]
+                self._epochs[epoch] = self.shuffled(epoch)
+            rows, bucket = self._epochs[epoch]
         return Step(epoch, self.buckets[bucket[place]], rows[place])
 
     def shuffled(self, epoch: int) -> tuple[Int[np.ndarray, "steps global_batch"], Int[np.ndarray, " steps"]]:
@@ -87,7 +102,7 @@ class BatchOrder:
         for members in self._members:
             full = len(members) // self.global_batch * self.global_batch
             batches.append(rng.permutation(members)[:full].reshape(-1, self.global_batch))
-        bucket = np.repeat(np.arange(len(batches)), [len(b) for b in batches])
+        bucket = np.repeat(np.arange(len(batches), dtype=self.bucket_of.dtype), [len(b) for b in batches])
         order = rng.permutation(len(bucket))
         return np.concatenate(batches)[order], bucket[order]
 
@@ -100,6 +115,6 @@ def make_order(config: DataConfig, dataset: Dataset, global_batch: int) -> Batch
     return order
 
 
-@lru_cache(maxsize=2)  # at the border of two epochs, threads ask for both
-def _epoch(order: BatchOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    return order.shuffled(epoch)
+def _parts(sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """`sizes`, some rows at a time."""
+    return (sizes[start : start + PART] for start in range(0, len(sizes), PART))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from dynaip_jax.data import samples
-from dynaip_jax.data.loader import BatchIterator, make_loader
-from dynaip_jax.data.order import make_order
+from dynaip_jax.data.asking import Answers
+from dynaip_jax.data.config import buckets
+from dynaip_jax.data.loader import BatchIterator, _Steps, make_loader
+from dynaip_jax.data.order import BatchOrder, make_order
 from dynaip_jax.data.records import INDEX, open_dataset, write_dataset
 from dynaip_jax.errors import UserError
 from tests.data.photos import WordIds, config, entries, make_dataset, same, take
@@ -52,6 +55,27 @@ def test_worker_processes_give_what_threads_give(folder):
                 assert same(take(loader, 4), rest)
         finally:
             loader.close()
+
+
+def test_workers_ask_for_their_rows_and_hold_no_order():
+    """What is sent to a worker does not grow with the rows; what it is told is the order."""
+    sizes = np.random.default_rng(0).integers(64, 2000, (200_000, 2))
+    order, positions = BatchOrder(sizes, buckets(512, ("1:1", "3:2", "2:3")), 64, 5), np.array([3, 4, 60])
+    answers = Answers(order, positions)
+    try:
+        sent = pickle.dumps(_Steps(answers.asked, None, 0))
+        assert len(sent) < 2000
+        asked = [pickle.loads(sent).asked for _ in range(2)]
+        for step in (0, 7, order.steps_per_epoch - 1, order.steps_per_epoch, 3 * order.steps_per_epoch + 1):
+            whole = order.step(step)
+            for one in asked:
+                told = one.step(step)
+                assert (told.epoch, told.bucket) == (whole.epoch, whole.bucket)
+                np.testing.assert_array_equal(told.rows, whole.rows[positions])
+    finally:
+        answers.close()
+    with pytest.raises((EOFError, OSError)):
+        pickle.loads(sent).asked.step(0)
 
 
 def test_resume_within_and_across_epochs(folder):

@@ -1,5 +1,8 @@
 """The order of training."""
 
+import hashlib
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,6 +78,26 @@ def test_the_fingerprint_tells_orders_apart(other):
     facts = dict(sizes=np.full((50, 2), 512), shapes=SHAPES, global_batch=8, seed=0)
     assert BatchOrder(**facts).fingerprint != BatchOrder(**facts | other).fingerprint
     assert BatchOrder(**facts).fingerprint != BatchOrder(**facts | dict(shapes=buckets(256, ("1:1",)))).fingerprint
+
+
+def test_an_order_is_what_it_always_was():
+    """Runs go on over updates of this program: numbers of before rows were kept in 32 bits and looked at in parts."""
+    sizes = sizes_of(3, 5000)
+    order = BatchOrder(sizes, SHAPES, 7, 11)
+    assert order.fingerprint == "735657c8156915d7"
+    digest = hashlib.sha256(b"".join(order.step(n).rows.astype(np.int64).tobytes() for n in (0, 5, 1000, 2345)))
+    assert digest.hexdigest()[:16] == "1e23cd1a6f97d4ca"
+
+
+def test_an_order_needs_little_memory():
+    """Of 2 million rows: one byte for the bucket of each, and four for each of two lists."""
+    sizes = np.random.default_rng(0).integers(64, 2000, (2_000_000, 2), dtype=np.int32)
+    tracemalloc.start()
+    order = BatchOrder(sizes, SHAPES, 64, 0)
+    order.step(0)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10 * len(sizes) and peak < 70 * len(sizes)
 
 
 def test_batch_of_none():
