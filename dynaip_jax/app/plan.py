@@ -35,7 +35,10 @@ class Arguments:
 
     config: Path = argument("a recipe, such as configs/flux_dev_1024.py", unit="FILE")
     topology: str | None = argument(
-        "of TPUs, such as v5e:4x4", default=None, usual="the devices that are here", unit="NAME"
+        "of TPUs, such as v5e:4x4, or 2xv5e:4x4 for two slices",
+        default=None,
+        usual="the devices that are here",
+        unit="NAME",
     )
     mesh: str | None = argument(
         "such as data=2,fsdp=8", default=None, usual="the recipe's; for sampling tensor=-1", unit="AXES"

@@ -68,9 +68,10 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
-    """A mesh over all devices of all processes (or over `devices`).
+    """A mesh over all devices of all processes (or over `devices`). On several TPU slices `data` goes over the slow network between
+    them, and what is exchanged at every layer stays within each.
 
-    Raises `UserError` if the sizes do not multiply to the number of devices.
+    Raises `UserError` if the sizes do not multiply to the number of devices, or `data` does not divide into the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -82,7 +83,24 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // given
     if math.prod(sizes) != len(devices):
         raise UserError(f"{asked}: does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}")
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        return _across(slices, sizes, devices, asked)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices))
+
+
+def _across(slices: int, sizes: list[int], devices: Any, asked: str) -> Mesh:
+    """A mesh whose first axis is split over `slices` of TPUs before it is split within them."""
+    from jax.experimental import mesh_utils
+
+    data, *within = sizes
+    if data % slices:
+        raise UserError(
+            f"{asked}: {slices} slices of {len(devices) // slices} devices, of which each needs whole copies; choose a --mesh.data that is "
+            f"a multiple of {slices}, and --mesh.fsdp and .tensor that fit into one slice"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

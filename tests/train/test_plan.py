@@ -56,6 +56,18 @@ def test_training_weak_scales(plan):
         assert many["needed_bytes"] < 1.05 * few["needed_bytes"]
 
 
+def test_a_training_step_on_two_slices(plan):
+    """A slice does what it does alone, on its part of the batch."""
+    words = ("--config", RECIPE, "--json", "--topology")
+    status, stdout, stderr = plan(*words, "2xv5e:2x2", "--mesh", "data=2,fsdp=4", "--batch", 8)
+    assert status == 0, stderr
+    both, one = json.loads(stdout), json.loads(plan(*words, "v5e:2x2", "--mesh", "data=1,fsdp=4", "--batch", 4)[1])
+    assert both["devices"] == 8 and both["mesh"] == dict(data=2, fsdp=4, tensor=1)
+    for two_slices, one_slice in zip(both["programs"], one["programs"], strict=True):
+        assert two_slices["compiled_flops"] == pytest.approx(one_slice["compiled_flops"], rel=0.05)
+    assert plan(*words, "2xv5e:2x2", "--mesh", "data=1,fsdp=8")[0] == 2
+
+
 def test_eight_bit_weights_and_a_text_encoder_in_the_hosts_memory(plan):
     command = ("--config", RECIPE, "--job", "sample", "--topology", TOPOLOGY, "--json")
     options = ("--weights", "int8", "--offload-text")
