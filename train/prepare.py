@@ -6,21 +6,24 @@ python -m train.prepare --source photos/metadata.jsonl --out data/photos
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dynaip_jax.commandline import argument, flag, parse, run_cli
 from dynaip_jax.data import sources
 from dynaip_jax.data.check import BadRow, Limits, check
+from dynaip_jax.data.joining import join
 from dynaip_jax.data.records import INDEX, Record, write_dataset
 from dynaip_jax.data.sources import Source
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import AnyPath, as_path, replacing
+from train.parts import Part, Share, folder_of, make_parts
 
 EXAMPLES = """
 examples:
@@ -65,6 +68,50 @@ def prepare(
         return Prepared(write_dataset(work, good()), bad)
 
 
+def prepare_in_parts(
+    source: Source,
+    out: AnyPath,
+    limits: Limits,
+    *,
+    processes: int,
+    share: Share | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+) -> Prepared:
+    """As `prepare`, in `processes` processes, each writing parts of its own, which are joined at the end.
+
+    Finished parts stay until `out` is whole: the same call goes on after it was stopped or has found bad rows. `share`: of one of
+    several hosts that see the same folders; nothing is joined then.
+    """
+    folder = folder_of(out)
+    if share is not None:
+        made = list(_told(make_parts(source, folder, limits, processes, share), source.entries))
+        return Prepared(sum(part.written for part in made), [row for part in made for row in part.bad])
+    with replacing(out, overwrite=overwrite, marks=(INDEX,)) as work:
+        made = list(_told(make_parts(source, folder, limits, processes), source.entries))
+        bad = [row for part in made for row in part.bad]
+        if bad and not skip_bad:
+            raise UserError(
+                f"{len(bad)} bad rows, named above; no dataset was written, the good rows are kept in {folder}; correct the bad ones and run "
+                "this again, or pass --skip-bad"
+            )
+        written = join(work, [part.folder for part in made if part.written])
+    shutil.rmtree(folder, ignore_errors=True)
+    return Prepared(written, bad)
+
+
+def _told(parts: Iterable[Part], entries: int) -> Iterator[Part]:
+    """The same, with a bar of `entries` rows and a line for each bad one."""
+    from tqdm import tqdm
+
+    with tqdm(total=entries, desc="checking", unit="row", disable=None) as bar:
+        for part in parts:
+            bar.update(part.last - bar.n)
+            for row in part.bad:
+                tqdm.write(f"row {row.number}: {UserError(row.reason).told(flag)}", file=sys.stderr)
+            yield part
+
+
 def _checked(source: Source, limits: Limits, jobs: int) -> Iterator[Record | BadRow]:
     """Every row, checked, in order; only a few at a time are in memory."""
     waiting: deque[Future[Record | BadRow]] = deque()
@@ -99,6 +146,18 @@ class Arguments:
         unit="PIXELS",
     )
     jobs: int = argument("threads that decode", default=os.cpu_count() or 1, unit="N")
+    processes: int | None = argument(
+        "for large datasets: processes that check and write, and go on where they were stopped",
+        default=None,
+        usual="threads alone",
+        unit="N",
+    )
+    share: str | None = argument(
+        "with --processes: this host does part I of N; run it without once all have ended",
+        default=None,
+        usual="all",
+        unit="I/N",
+    )
     skip_bad: bool = argument("leave bad rows out, instead of stopping", default=False)
     overwrite: bool = argument("replace an existing dataset", default=False)
 
@@ -111,6 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"`shrink` {args.shrink}: expected another `format` than subjects200k, whose files are small")
     if args.jobs < 1:
         raise UserError(f"`jobs` {args.jobs}: expected at least 1")
+    if args.processes is not None and not 1 <= args.processes <= 1024:
+        raise UserError(f"`processes` {args.processes}: expected from 1 to 1024")
+    if args.share is not None and args.processes is None:
+        raise UserError(f"`share` {args.share}: expected `processes` with it; pass both")
+    share = None if args.share is None else Share.parse(args.share)
     if args.min_quality is not None and (args.format != "subjects200k" or not 0 <= args.min_quality <= 5):
         raise UserError(
             f"`min_quality` {args.min_quality} with `format` {args.format}: expected 0 to 5, with `format` subjects200k"
@@ -125,8 +189,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = sources.read_folder(args.source)
     for line in source.ignored:
         print(line, file=sys.stderr)
-    done = prepare(source, as_path(args.out), limits, jobs=args.jobs, skip_bad=args.skip_bad, overwrite=args.overwrite)
+    choices: dict[str, Any] = dict(skip_bad=args.skip_bad, overwrite=args.overwrite)
+    if args.processes is None:
+        done = prepare(source, as_path(args.out), limits, jobs=args.jobs, **choices)
+    else:
+        done = prepare_in_parts(source, as_path(args.out), limits, processes=args.processes, share=share, **choices)
     left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
+    if share is not None:
+        print(
+            f"{args.out}: part {share.number} of {share.count} is done, {done.written} rows{left_out}; run without --share to join all"
+        )
+        return 0
     print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")
     return 0
 

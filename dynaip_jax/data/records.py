@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import as_path
 
 NAME, SPLIT, VERSION = "subjects", "train", "1.0.0"
-INFO, INDEX = "dataset_info.json", "index.npz"
+INFO, INDEX, DIGESTS = "dataset_info.json", "index.npz", "digests.npy"
 ROWS_A_SHARD = 2048
 WRITTEN_AT_ONCE = 32
 
@@ -56,30 +57,33 @@ class Index:
     """What `index.npz` says of the rows, gathered as they are written."""
 
     def __init__(self) -> None:
-        self.sizes: list[tuple[int, int]] = []
-        self.numbers: list[int] = []
-        self.masked: list[bool] = []
-        self.checks: list[int] = []
-        self._content = hashlib.sha256()
+        self.numbers, self._sizes, self._masked, self._digests = array("q"), array("i"), bytearray(), bytearray()
 
     def add(self, record: Record) -> None:
         """Takes in the next row."""
         top, left, bottom, right = record.target_box
-        self.sizes.append((bottom - top, right - left))
+        self._sizes.extend((int(bottom - top), int(right - left)))
         self.numbers.append(record.number)
-        self.masked.append(bool(record.mask))
-        row = digest(record)
-        self.checks.append(_check(row))
-        self._content.update(row)
+        self._masked.append(bool(record.mask))
+        self._digests += digest(record)
 
-    def write(self, file: Path) -> None:
-        """Writes the arrays, and the digest of all rows in their order."""
-        np.savez(
-            file,
-            sizes=np.array(self.sizes, np.int32), numbers=np.array(self.numbers, np.int64),
-            masked=np.array(self.masked, bool), checks=np.array(self.checks, np.uint32),
-            content=np.array(self._content.hexdigest()),
+    def write(self, folder: Path, *, digests: bool = False) -> None:
+        """Writes the arrays, and the digest of all rows in their order; `digests`: also each row's own, for joining datasets."""
+        rows = np.frombuffer(self._digests, np.uint8).reshape(-1, 32)
+        if digests:
+            np.save(folder / DIGESTS, rows)
+        write_index(
+            folder, rows,
+            sizes=np.array(self._sizes, np.int32).reshape(-1, 2), numbers=np.array(self.numbers, np.int64),
+            masked=np.frombuffer(self._masked, np.bool_),
         )  # fmt: skip
+
+
+def write_index(folder: Path, digests: np.ndarray, **arrays: np.ndarray) -> None:
+    """Writes `index.npz` of the `arrays` of all rows, whose digests are uint8 `[n, 32]`."""
+    checks = np.ascontiguousarray(digests[:, :4]).view("<u4")[:, 0]
+    content = np.array(hashlib.sha256(np.ascontiguousarray(digests).data).hexdigest())
+    np.savez(folder / INDEX, **arrays, checks=checks, content=content)
 
 
 def _check(row: bytes) -> int:
@@ -87,21 +91,28 @@ def _check(row: bytes) -> int:
     return int.from_bytes(row[:4], "little")
 
 
-def write_dataset(folder: Path, records: Iterable[Record]) -> int:
-    """Writes the dataset into an existing, empty `folder`, in the order given; returns the number of rows.
-
-    Raises `UserError` if there are none, and `OSError` if the disk is full.
-    """
+def new_info(folder: Path) -> Any:
+    """tfds' description of the dataset that is to be written to `folder`."""
     import tensorflow_datasets as tfds
 
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=NAME, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
     )
-    info = tfds.core.DatasetInfo(
+    return tfds.core.DatasetInfo(
         builder=identity,
         description="Pictures of one subject each, with captions and reference pictures (dynaip_jax).",
         features=tfds.features.FeaturesDict(_features()),
     )
+
+
+def write_dataset(folder: Path, records: Iterable[Record], *, digests: bool = False) -> int:
+    """Writes the dataset into an existing, empty `folder`, in the order given; returns the number of rows. `digests`: see `Index.write`.
+
+    Raises `UserError` if there are none, and `OSError` if the disk is full.
+    """
+    import tensorflow_datasets as tfds
+
+    info = new_info(folder)
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=ROWS_A_SHARD, file_format="array_record")
     writer.initialize_splits([SPLIT])
     index = Index()
@@ -115,7 +126,7 @@ def write_dataset(folder: Path, records: Iterable[Record]) -> int:
         raise UserError("dataset: no rows are left to write; expected at least one; correct the rows named above")
     with _as_os_error():
         writer.close_all()
-    index.write(folder / INDEX)
+    index.write(folder, digests=digests)
     return len(index.numbers)
 
 

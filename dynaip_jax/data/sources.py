@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
 def read_manifest(path: Path) -> Source:
     """The rows of a manifest, given as the file or as its folder. Raises `UserError` if it cannot be read or is empty."""
-    lines = _lines(path / MANIFEST if path.is_dir() else path)
+    lines = _Lines(path / MANIFEST if path.is_dir() else path)
     folder = path if path.is_dir() else path.parent
 
     def row(number: int, entry: dict[str, Any]) -> Row:
@@ -103,7 +103,7 @@ def read_subjects200k(path: Path, min_quality: int = 0) -> Source:
     if shards:
         count, entries = _parquet(shards)
         return Source(count, _each(entries, rows))
-    lines = _lines(path / MANIFEST if path.is_dir() else path)
+    lines = _Lines(path / MANIFEST if path.is_dir() else path)
     return Source(len(lines), _each(lines, rows))
 
 
@@ -156,16 +156,29 @@ def _ignored(folder: Path, entries: list[Path]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _lines(path: Path) -> list[bytes]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as e:
-        raise UserError(
-            f"`source` {path}: cannot be read ({e.strerror}); expected a {MANIFEST} with a JSON object a line; check the path"
-        ) from e
-    if not any(line.strip() for line in lines):
-        raise UserError(f"`source` {path}: empty; expected a JSON object a line; write at least one")
-    return lines
+class _Lines:
+    """The lines of a manifest, read as they are asked for: of ten million they would take gigabytes."""
+
+    def __init__(self, path: Path):
+        self._path, self._count, empty = path, 0, True
+        try:
+            for line in self:
+                self._count += 1
+                empty = empty and not line.strip()
+        except OSError as e:
+            raise UserError(
+                f"`source` {path}: cannot be read ({e.strerror}); expected a {MANIFEST} with a JSON object a line; check the path"
+            ) from e
+        if empty:
+            raise UserError(f"`source` {path}: empty; expected a JSON object a line; write at least one")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[bytes]:
+        with open(self._path, "rb") as file:
+            for line in file:
+                yield from line.splitlines()
 
 
 def _each(entries: Any, rows: Callable[[int, dict[str, Any]], Iterator[Row]]) -> Iterator[Row | BadRow]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from PIL import Image
 
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.data import records as store
-from dynaip_jax.data.check import png
+from dynaip_jax.data.check import Limits, png
+from dynaip_jax.data.joining import join
 from dynaip_jax.data.records import open_dataset
-from dynaip_jax.data.sources import SCORES
+from dynaip_jax.data.sources import SCORES, read_manifest
 from tests.data.photos import CAPTIONS, entries, photo, write_lines
-from train import prepare
+from train import parts, prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,6 +122,120 @@ def test_rows_come_in_order_from_many_threads(manifest, tmp_path, monkeypatch):
     assert 1 < len(threads) <= 3
 
 
+@pytest.fixture
+def parts_of_two(monkeypatch):
+    """Parts of two rows, made in this process, where the test can look on."""
+    monkeypatch.setattr(parts, "ROWS_A_SHARD", 2)
+    made, make = [], parts.make_part
+
+    class Here:
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, rows, folder, limits):
+            done = Future()
+            if not (folder / "part.json").is_file():
+                made.append(folder.name)
+            done.set_result(make(rows, folder, limits))
+            return done
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", Here)
+    return made
+
+
+def same_datasets(a, b):
+    a, b = open_dataset(a), open_dataset(b)
+    assert a.content == b.content and a.numbers.tolist() == b.numbers.tolist() and a.sizes.tolist() == b.sizes.tolist()
+    assert all(np.array_equal(x, y) for n in range(len(a)) for x, y in zip(a[n], b[n], strict=True))
+
+
+def test_processes_make_what_threads_make(manifest, tmp_path):
+    """Real ones, which write shards of their own."""
+    lines = manifest.read_text().splitlines()
+    write_lines(manifest.parent, lines * 3)
+    assert run("--source", manifest, "--out", tmp_path / "a") == 0
+    assert run("--source", manifest, "--out", tmp_path / "b", "--processes", 2) == 0
+    same_datasets(tmp_path / "a", tmp_path / "b")
+    assert left_behind(tmp_path) == ["a", "b"]
+
+
+def stamps(folder):
+    """When each part was made."""
+    return {p.name: (p / "part.json").stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def test_what_is_finished_is_not_done_again(manifest, tmp_path, capsys, monkeypatch, parts_of_two):
+    """After bad rows, after a corrected line, after a picture that changed: the parts that these are in, and no others."""
+    good = manifest.read_text().splitlines()
+    broken = [*good, good[0].replace("astronaut.png", "gone.png"), *good]
+    write_lines(manifest.parent, broken)
+    command = ("--source", manifest, "--out", tmp_path / "out", "--processes", 1)
+    assert run(*command) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("row 5: ") and "gone.png" in told[0] and "the good rows are kept in" in told[1]
+    assert parts_of_two == [f"part-{n:06d}" for n in range(5)] and left_behind(tmp_path) == [".out.parts"]
+    before = stamps(tmp_path / ".out.parts")
+    write_lines(manifest.parent, [*good, good[0], *good])
+    monkeypatch.setattr(prepare, "join", lambda work, folders: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a stop before the end
+        run(*command)
+    after = stamps(tmp_path / ".out.parts")
+    assert {name for name in after if after[name] != before[name]} == {"part-000002"}
+    monkeypatch.setattr(prepare, "join", join)
+    assert run(*command) == 0
+    assert run("--source", manifest, "--out", tmp_path / "threads") == 0
+    same_datasets(tmp_path / "out", tmp_path / "threads")
+    info = json.loads((tmp_path / "out" / store.INFO).read_text())
+    assert info["splits"][0]["shardLengths"] == ["2", "2", "2", "2", "1"]
+    assert left_behind(tmp_path) == ["out", "threads"]
+
+
+def test_a_part_is_made_again_if_its_files_or_limits_are_others(manifest, tmp_path):
+    rows = list(read_manifest(manifest).rows)
+    folder = tmp_path / "part-000000"
+    first = parts.make_part(rows, folder, Limits())
+    stamp = (folder / "part.json").stat().st_mtime_ns
+    assert parts.make_part(rows, folder, Limits()) == first and (folder / "part.json").stat().st_mtime_ns == stamp
+    assert parts.make_part(rows, folder, Limits(min_side=301)).written < first.written
+    changed = parts.make_part(rows, folder, Limits())
+    assert changed.written == first.written == 4
+    (manifest.parent / "rocket.png").write_bytes(photo("coffee"))
+    parts.make_part(rows, folder, Limits())
+    assert open_dataset(folder)[3].target == photo("coffee")
+    rows[0] = rows[0]._replace(caption="another")
+    parts.make_part(rows, folder, Limits())
+    assert open_dataset(folder)[0].caption == "another" and sorted(p.name for p in tmp_path.glob("part*")) == [
+        "part-000000"
+    ]
+
+
+def test_hosts_do_a_share_each(manifest, tmp_path, capsys, parts_of_two):
+    lines = manifest.read_text().splitlines()
+    write_lines(manifest.parent, lines * 2)
+    command = ("--source", manifest, "--out", tmp_path / "out", "--processes", 1)
+    for share in ("1/3", "3/3", "2/3"):
+        assert run(*command, "--share", share) == 0
+        assert f"part {share[0]} of 3 is done" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert sorted(parts_of_two) == [f"part-{n:06d}" for n in range(4)]
+    assert run(*command) == 0 and len(parts_of_two) == 4
+    assert open_dataset(tmp_path / "out").numbers.tolist() == list(range(1, 9))
+
+
+def test_rows_that_are_all_bad_make_no_dataset(manifest, tmp_path, capsys, parts_of_two):
+    manifest.write_text("{}\n{}\n{}\n")
+    assert run("--source", manifest, "--out", tmp_path / "out", "--processes", 1, "--skip-bad") == 2
+    assert "no rows are left" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
 def test_an_existing_dataset_is_kept_or_replaced(manifest, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--source", manifest, "--out", out) == 0
@@ -163,6 +279,9 @@ def test_a_disk_that_fills_up_leaves_nothing(manifest, tmp_path, limit):
         (["--source", "missing", "--format", "folder"], "missing: no such folder"),
         (["--source", "photos", "--format", "parquet"], "invalid choice: 'parquet'"),
         (["--source", "photos", "--jobs", "0"], "--jobs 0"),
+        (["--source", "photos", "--processes", "0"], "--processes 0: expected from 1 to 1024"),
+        (["--source", "photos", "--share", "1/2"], "--share 1/2: expected --processes with it"),
+        (["--source", "photos", "--processes", "1", "--share", "3/2"], "--share 3/2: expected I/N"),
         (["--source", "photos", "--min-side", "2"], "--min-side 2"),
         (["--source", "photos", "--shrink", "20"], "--shrink 20"),
         (["--source", "photos", "--shrink", "512", "--format", "subjects200k"], "--shrink 512: expected another"),
