@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynaip_jax.data.check import BadRow, Limits, Picture, Row, check
+from dynaip_jax.data.children import follow_parent
 from dynaip_jax.data.records import ROWS_A_SHARD, Record, write_dataset
 from dynaip_jax.data.sources import Source
 from dynaip_jax.errors import UserError
@@ -73,7 +74,7 @@ def make_parts(
     folder.mkdir(parents=True, exist_ok=True)
     waiting: deque[Future[Part]] = deque()
     # not forked: this process may have threads
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), follow_parent) as pool:
         try:
             for number in itertools.count():
                 rows = list(itertools.islice(source.rows, ROWS_A_SHARD))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +13,7 @@ from absl import flags
 from jaxtyping import Int
 
 from dynaip_jax.data.asking import Alone, Answers, Asked
+from dynaip_jax.data.children import follow_parent
 from dynaip_jax.data.config import DataConfig
 from dynaip_jax.data.features import Cached
 from dynaip_jax.data.order import BatchOrder, make_order
@@ -190,15 +187,4 @@ def _copied(part: Any) -> Any:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Workers live exactly as long as the trainer: they leave signals sent to the whole group to it (it still needs
-    batches while it saves), and end when it ends, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
