@@ -23,7 +23,7 @@ from train.config import TrainConfig
 
 # Options that are a process's own: who it is, where this host has what is known by its content, how it reads.
 OWN = (
-    "bundle", "data.path", "data.features", "data.workers", "data.prefetch", "distributed.index", "distributed.coordinator", "init_adapter",
+    "bundle", "data.path", "data.also", "data.features", "data.workers", "data.prefetch", "distributed.index", "distributed.coordinator", "init_adapter",
     "validation.path",
 )  # fmt: skip
 PATIENCE = 30.0  # seconds until a file that one host wrote must be seen by the others

@@ -18,8 +18,9 @@ import numpy as np
 from dynaip_jax.commandline import argument, parse_known, run_cli
 from dynaip_jax.data import features
 from dynaip_jax.data.config import Bucket, DataConfig
+from dynaip_jax.data.mixture import open_data
 from dynaip_jax.data.order import BatchOrder, make_order
-from dynaip_jax.data.records import Dataset, open_dataset
+from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import Pictures
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import replacing
@@ -66,7 +67,7 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     from train.run import Run
 
     run = Run(config)
-    dataset = open_dataset(config.data.path)
+    dataset = open_data(config.data)
     order = make_order(config.data, dataset, config.batch)
     facts = features.facts(config.data, order, run.encoder_identity, config.dtype, dataset.content)
     manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=facts)

@@ -231,8 +231,12 @@ def moved(old: Any, new: Any, prefix: str = "") -> list[str]:
         a, b = getattr(old, f.name), getattr(new, f.name)
         if is_dataclass(b):
             lines += moved(a, b, f"{prefix}{f.name}.")
-        elif f.metadata.get("path") and a.rstrip("/") != b.rstrip("/"):
-            lines.append(f"{prefix}{f.name}: {a} -> {b}")
+        elif f.metadata.get("path"):
+            old_path, new_path = (
+                " ".join(p.rstrip("/") for p in (x if isinstance(x, tuple) else (x,))) for x in (a, b)
+            )
+            if old_path != new_path:
+                lines.append(f"{prefix}{f.name}: {old_path} -> {new_path}")
     return lines
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from dynaip_jax.data.mixture import Mixture
 from train.run import Run
 
 LOOKED_AT = 64  # captions, evenly over the dataset
@@ -19,11 +20,15 @@ def opening(run: Run, start: int) -> str:
 
 def _data(run: Run) -> Iterator[str]:
     order, dataset, config = run.data.order, run.dataset, run.config
-    rows, each = len(dataset), order.steps_per_epoch * config.batch
+    each = order.steps_per_epoch * config.batch
+    rows = sum(map(order.count_in, range(len(order.buckets))))
     content = f"content {dataset.content[:12]}" if dataset.content else "no digest: prepared by an older version"
-    yield f"data: {rows:,} rows of {dataset.path} ({content}); an epoch is {order.steps_per_epoch:,} steps of {config.batch}"
+    yield f"data: {len(dataset):,} rows of {dataset.path} ({content}); an epoch is {order.steps_per_epoch:,} steps of {config.batch}"
     if config.data.features:
         yield f"  features: {config.data.features}; {run.data.reader.variants} variants, taken in turn by epochs"
+    parts = dataset.datasets if isinstance(dataset, Mixture) else ()
+    for part, weight in zip(parts, config.data.weights or (1.0,) * len(parts), strict=True):
+        yield f"  {part.path}: {len(part):,} rows, each {weight:g} times an epoch"
     for number, bucket in enumerate(order.buckets):
         members = order.rows_in(number)
         line = f"  bucket {bucket.name}, {bucket.width} x {bucket.height} pixels: {len(members):,} rows"

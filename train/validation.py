@@ -29,7 +29,7 @@ class Validation:
         config = run.config
         self._run, self._rows = run, config.batch // config.accumulate
         data = dataclasses.replace(
-            config.data, path=config.validation.path, features="", workers=0, crop_reference=1.0, flip_reference=0.0,
+            config.data, path=config.validation.path, also=(), weights=(), features="", workers=0, crop_reference=1.0, flip_reference=0.0,
             flip_target=0.0, drop_image=0.0, drop_text=0.0, drop_both=0.0,
         )  # fmt: skip
         positions = batch_positions(run.mesh, self._rows)

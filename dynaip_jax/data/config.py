@@ -31,6 +31,8 @@ class DataConfig:
     features: str = field(
         default="", metadata=PATH
     )  # its features, by `python -m train.cache`; empty: encode while training
+    also: tuple[str, ...] = field(default=(), metadata=PATH)  # more such folders, whose rows are added
+    weights: tuple[float, ...] = ()  # how often an epoch takes the rows of `path` and of each of `also`; empty: once
     resolution: int = 512  # pixels: targets have about resolution x resolution of them, in each bucket
     aspects: tuple[str, ...] = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # buckets, width:height
     clip_size: int = 224  # pixels a side of the reference
@@ -58,6 +60,13 @@ class DataConfig:
         in_range("data.prefetch", self.prefetch, 1, 256)
         if self.square not in ("pad", "crop"):
             raise UserError(f"`data.square` {self.square!r}: expected 'pad' or 'crop'")
+        if self.weights and len(self.weights) != 1 + len(self.also):
+            raise UserError(
+                f"`data.weights` {self.weights}: {len(self.weights)} for {1 + len(self.also)} datasets; give one for `data.path` and one for each "
+                "of `data.also`"
+            )
+        for weight in self.weights:
+            in_range("data.weights", weight, 0, 1000, above=True)
         buckets(self.resolution, self.aspects)
 
 

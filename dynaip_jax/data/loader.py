@@ -16,8 +16,9 @@ from dynaip_jax.data.asking import Alone, Answers, Asked
 from dynaip_jax.data.children import follow_parent
 from dynaip_jax.data.config import DataConfig
 from dynaip_jax.data.features import Cached
+from dynaip_jax.data.mixture import open_data
 from dynaip_jax.data.order import BatchOrder, make_order
-from dynaip_jax.data.records import Dataset, open_dataset
+from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import Pictures, Reader, TextIds
 from dynaip_jax.errors import UserError
 
@@ -41,7 +42,7 @@ def make_loader(
         raise UserError(
             "`data.path`: not given; expected a folder written by python -m train.prepare; pass `data.path` DIR"
         )
-    dataset = open_dataset(config.path)
+    dataset = open_data(config)
     if config.remove_background and not dataset.masked.all():
         rows = dataset.numbers[~dataset.masked]
         raise UserError(

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dynaip_jax.data.config import Bucket, DataConfig, buckets
+from dynaip_jax.data.mixture import shares
 from dynaip_jax.data.records import Dataset
 from dynaip_jax.errors import UserError
 
@@ -36,10 +37,17 @@ class BatchOrder:
     `sizes` int `[n, 2]`: height and width of each row's target. A row goes to the bucket nearest in log aspect ratio. In
     each epoch the rows that do not fill a batch in their bucket are left out, other ones every time. A bucket with too
     few rows for even one batch is given up and its rows go to the next nearest; `warnings` says so. No row occurs twice
-    in an epoch. Raises `UserError` if there are fewer rows than `global_batch`.
+    in an epoch, but where `shares` ask for it: how many rows each of several datasets has, and how often an epoch takes them. Raises `UserError` if there are fewer rows than `global_batch`.
     """
 
-    def __init__(self, sizes: Int[np.ndarray, "n 2"], shapes: Sequence[Bucket], global_batch: int, seed: int):
+    def __init__(
+        self,
+        sizes: Int[np.ndarray, "n 2"],
+        shapes: Sequence[Bucket],
+        global_batch: int,
+        seed: int,
+        shares: Sequence[tuple[int, float]] = (),
+    ):
         if global_batch < 1:
             raise UserError(f"batch size {global_batch}: expected at least 1")
         if len(sizes) < global_batch:
@@ -54,8 +62,13 @@ class BatchOrder:
         self.bucket_of, kept = self._assign(sizes, list(shapes))
         self.buckets = tuple(kept)
         self._members = [np.flatnonzero(self.bucket_of == b).astype(ROWS) for b in range(len(kept))]
-        self.steps_per_epoch = sum(len(m) // global_batch for m in self._members)
-        facts = hashlib.sha256(repr((self.buckets, global_batch, seed)).encode())
+        self._shares = tuple(shares)
+        self.steps_per_epoch = sum(self.count_in(b) // global_batch for b in range(len(kept)))
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"`data.weights`: an epoch fills no batch of {global_batch}; expected one; raise them, or make the batch smaller"
+            )
+        facts = hashlib.sha256(repr((self.buckets, global_batch, seed, *self._shares)).encode())
         for part in _parts(sizes):
             facts.update(np.ascontiguousarray(part, np.int32).data)
         self.fingerprint = facts.hexdigest()[:16]
@@ -80,6 +93,28 @@ class BatchOrder:
                 )
             del shapes[poorest]
 
+    def count_in(self, bucket: int) -> int:
+        """How many rows an epoch takes from the bucket of this index, before those that fill no batch are left out."""
+        if not self._shares:
+            return len(self._members[bucket])
+        return sum(round(weight * len(rows)) for rows, weight in self._weighted(bucket))
+
+    def _weighted(self, bucket: int) -> Iterator[tuple[np.ndarray, float]]:
+        """Rows of a bucket that are of one dataset, and its weight."""
+        ends = np.cumsum([rows for rows, _ in self._shares])
+        parts = np.split(self._members[bucket], np.searchsorted(self._members[bucket], ends[:-1]))
+        return zip(parts, (weight for _, weight in self._shares), strict=True)
+
+    def _drawn(self, bucket: int, rng: np.random.Generator) -> np.ndarray:
+        """The rows of a bucket in one epoch: each as often as its weight says, and by chance once more for what is left of that."""
+        if not self._shares:
+            return self._members[bucket]
+        drawn = []
+        for rows, weight in self._weighted(bucket):
+            times, more = divmod(round(weight * len(rows)), max(1, len(rows)))
+            drawn += [rows] * times + [rng.permutation(rows)[:more]]
+        return np.concatenate(drawn)
+
     def rows_in(self, bucket: int) -> Int[np.ndarray, " n"]:
         """Rows of the bucket of this index."""
         return self._members[bucket]
@@ -99,7 +134,8 @@ class BatchOrder:
         """All of an epoch: rows `[steps, global batch]` and the index of each batch's bucket `[steps]`."""
         rng = np.random.default_rng((self.seed, epoch))
         batches = []
-        for members in self._members:
+        for number in range(len(self.buckets)):
+            members = self._drawn(number, rng)
             full = len(members) // self.global_batch * self.global_batch
             batches.append(rng.permutation(members)[:full].reshape(-1, self.global_batch))
         bucket = np.repeat(np.arange(len(batches), dtype=self.bucket_of.dtype), [len(b) for b in batches])
@@ -109,7 +145,8 @@ class BatchOrder:
 
 def make_order(config: DataConfig, dataset: Dataset, global_batch: int) -> BatchOrder:
     """The order in which the rows of `dataset` are trained on. Errors as in `BatchOrder`; its warnings are given."""
-    order = BatchOrder(dataset.sizes, buckets(config.resolution, config.aspects), global_batch, config.seed)
+    shapes = buckets(config.resolution, config.aspects)
+    order = BatchOrder(dataset.sizes, shapes, global_batch, config.seed, shares(config, dataset))
     for line in order.warnings:
         warnings.warn(f"dataset {dataset.path}: {line}", stacklevel=2)
     return order

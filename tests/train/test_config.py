@@ -31,6 +31,6 @@ def test_paths_may_differ_and_are_told():
     config = TrainConfig(bundle="a", data=DataConfig(path="b", features="c"))
     other = dataclasses.replace(config, bundle="a/", data=DataConfig(path="x/b/", features="y"))
     assert differing(config, other) == []
-    assert moved(config, other) == ["data.path: b -> x/b/", "data.features: c -> y"]
+    assert moved(config, other) == ["data.path: b -> x/b", "data.features: c -> y"]
     without = dataclasses.replace(config, data=DataConfig(path="b"))
     assert differing(config, without) == ["data.features: 'c' -> ''"]

@@ -49,7 +49,7 @@ def test_data_and_bundle_may_move(trainer, folders, tmp_path):
     status, lines = trainer(tiny_words(run, tmp_path / "bundle2", tmp_path / "data2", "--steps", 4, "--resume"))
     assert status == 0, lines
     assert f"bundle: {bundle} -> {tmp_path}/bundle2 (its content is the same)" in lines
-    assert f"data.path: {data}/ -> {tmp_path}/data2 (its content is the same)" in lines
+    assert f"data.path: {data} -> {tmp_path}/data2 (its content is the same)" in lines
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     export(run, tmp_path / "adapter", None)
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text())["conventions"]["dataset"] == content
