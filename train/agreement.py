@@ -5,19 +5,21 @@ Options that differ would have each process train at its own rate, or wait for e
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.runtime.compiling import VARIABLE
 from dynaip_jax.storage.codec import to_dict
 from train.config import TrainConfig
 
@@ -26,7 +28,7 @@ OWN = (
     "bundle", "data.path", "data.also", "data.features", "data.workers", "data.prefetch", "distributed.index", "distributed.coordinator", "init_adapter",
     "validation.path",
 )  # fmt: skip
-PATIENCE = 30.0  # seconds until a file that one host wrote must be seen by the others
+PATIENCE, BRIEFLY = 30.0, 3.0  # seconds until a file that one host wrote must be seen by the others
 
 
 def check_config(config: TrainConfig, **more: Any) -> None:
@@ -53,31 +55,54 @@ def _check_same(facts: dict[str, Any], remedy: str) -> None:
                 )
 
 
-@contextlib.contextmanager
-def shared(workdir: epath.Path) -> Iterator[None]:
-    """A block in which process 0 makes `workdir`. Raises `UserError`, on all processes alike, if another does not see it afterwards."""
-    if jax.process_count() == 1:
-        yield
+def check_shared(workdir: epath.Path) -> None:
+    """Raises `UserError`, on all processes alike, if one of them does not see what process 0 writes in `workdir`."""
+    if jax.process_count() > 1 and (blind := _blind(workdir, PATIENCE)):
+        raise UserError(
+            f"`workdir` {workdir}: {', '.join(blind[:4])} of {jax.process_count()} processes do not see what process 0 wrote there; expected one "
+            "folder for all; choose one on a disk that all hosts share, or in a bucket"
+        )
+
+
+def agree_on_compiled() -> None:
+    """Has all processes load compiled programs from JAX's cache, or none.
+
+    Process 0 alone writes to it. Where the others do not find what it finds they would compile for themselves, and a program that was
+    loaded need not exchange its data in the order of one that was compiled: on CPUs, whose programs have another key in each
+    process, the run aborts.
+    """
+    folder = jax.config.jax_compilation_cache_dir
+    if jax.process_count() == 1 or not folder or not jax.config.jax_enable_compilation_cache:
         return
+    jax.config.update("jax_enable_compilation_cache", False)
+    if jax.default_backend() == "cpu":
+        return
+    if _blind(epath.Path(folder), BRIEFLY):
+        if jax.process_index() == 0:
+            print(
+                f"compiled programs are not kept: not all processes see {folder}; set {VARIABLE} to a folder that they share, or in a bucket",
+                file=sys.stderr,
+            )
+        return
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()  # whether it is used has been asked already
+
+
+def _blind(folder: epath.Path, patience: float) -> list[str]:
+    """The processes that do not see, within `patience` seconds, a file that process 0 writes in `folder`."""
     (mark, *_), here = _from_all(secrets.token_hex(8)), jax.process_index() == 0
-    file = workdir / f".seen-{mark}"
-    yield
+    file = folder / f".seen-{mark}"
     if here:
+        folder.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"")
     _from_all("written")
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     while not (seen := file.exists()) and time.monotonic() < until:
         time.sleep(0.1)
-    hosts = _from_all(json.dumps([socket.gethostname(), seen]))
+    hosts = [json.loads(text) for text in _from_all(json.dumps([socket.gethostname(), seen]))]
     if here:
         file.unlink(missing_ok=True)
-    for number, text in enumerate(hosts):
-        host, saw = json.loads(text)
-        if not saw:
-            raise UserError(
-                f"`workdir` {workdir}: process {number} ({host}) does not see what process 0 ({json.loads(hosts[0])[0]}) wrote there; "
-                "expected one folder for all; choose one on a disk that all hosts share, or in a bucket"
-            )
+    return [f"process {number} ({host})" for number, (host, saw) in enumerate(hosts) if not saw]
 
 
 def _from_all(text: str) -> list[str]:

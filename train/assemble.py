@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from dynaip_jax.errors import UserError
-from train.agreement import check_config, check_identity, shared
+from train.agreement import check_config, check_identity, check_shared
 from train.config import TrainConfig, moved
 from train.evaluators import Due
 from train.metrics import say
@@ -37,9 +37,9 @@ def assembled(
             getattr(run, part)
         run.evaluators = shipped(run)
         check_identity(run.identity)
-        with shared(run.workdir):
-            if jax.process_index() == 0:
-                claim_workdir(run.workdir, config, run.identity, overwrite=overwrite)
+        if jax.process_index() == 0:
+            claim_workdir(run.workdir, config, run.identity, overwrite=overwrite)
+        check_shared(run.workdir)
         yield run
 
 

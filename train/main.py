@@ -91,7 +91,10 @@ def processes(config: config_.DistributedConfig) -> Iterator[None]:
             f"--distributed: the processes did not find each other ({str(e)[:120]}); check --distributed.coordinator "
             "HOST:PORT, .processes and .index"
         ) from e
+    from train.agreement import agree_on_compiled
+
     try:
+        agree_on_compiled()
         yield
     except BaseException as e:
         # Runs before JAX's own exit, which would wait for the others while they wait for this process.

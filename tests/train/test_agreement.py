@@ -6,10 +6,11 @@ import json
 import jax
 import pytest
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from dynaip_jax.errors import UserError
 from train import agreement
-from train.agreement import check_config, check_identity, shared
+from train.agreement import agree_on_compiled, check_config, check_identity, check_shared
 
 
 @pytest.fixture
@@ -67,17 +68,32 @@ def test_other_data_are_named(others):
 def test_a_folder_that_another_process_does_not_see(others, monkeypatch, tmp_path, seen):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     others += [None, None, lambda text: json.dumps(["b", seen])]
-    made = []
-
-    def claim():
-        with shared(epath.Path(tmp_path)):
-            made.append("claimed")
-
     if seen:
-        claim()
+        check_shared(epath.Path(tmp_path))
     else:
         with pytest.raises(
-            UserError, match=r"`workdir` .*: process 1 \(b\) does not see what process 0 \(.*\) wrote there"
+            UserError, match=r"`workdir` .*: process 1 \(b\) of 2 processes do not see what process 0 wrote"
         ):
-            claim()
-    assert made == ["claimed"] and list(tmp_path.iterdir()) == []
+            check_shared(epath.Path(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "backend, seen, kept", [("cpu", True, False), ("tpu", True, True), ("tpu", False, False), ("alone", False, True)]
+)
+def test_all_processes_load_compiled_programs_or_none(others, monkeypatch, capsys, tmp_path, backend, seen, kept):
+    monkeypatch.setattr(jax, "process_count", lambda: 1 if backend == "alone" else 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    others += [None, None, lambda text: json.dumps(["b", seen])]
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+        agree_on_compiled()
+        assert jax.config.jax_enable_compilation_cache == kept
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    assert ("compiled programs are not kept: not all processes see" in capsys.readouterr().err) == (
+        backend == "tpu" and not seen
+    )

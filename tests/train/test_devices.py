@@ -119,11 +119,15 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_one(trainer, one, eight, tmp
     assert_close(tmp_path / "moved", one, 6)
 
 
-@pytest.fixture
-def port():
+def free_port():
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
+
+
+@pytest.fixture
+def port():
+    return free_port()
 
 
 def two_processes(home, folder, port, *argv, others=((), ())):
@@ -169,6 +173,21 @@ def test_a_process_that_fails_does_not_leave_the_other_waiting(home, port, tmp_p
     errors = [line for line in children[1].log.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"dataset {tmp_path / 'missing'}" in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_start_of_two_processes_beside_compiled_programs(home, tmp_path):
+    """As users start them, copies on two processes: what one of them finds compiled and the other not would exchange data otherwise."""
+    env = home | dict(JAX_NUM_CPU_DEVICES="1", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
+    for last in (1, 2):
+        address = f"localhost:{free_port()}"
+        together = f"--distributed.enabled --distributed.processes 2 --distributed.coordinator {address}".split()
+        options = words(tmp_path / "run", "--steps", last, "--mesh.data", 2, "--resume", *together)
+        children = [
+            Child.train(env, tmp_path / f"log{index}.{last}", *options, "--distributed.index", index)
+            for index in (0, 1)
+        ]
+        assert [child.end() for child in children] == [0, 0], children[0].log.read_text()
+    assert steps(tmp_path / "run") == [1, 2]
 
 
 def test_processes_with_different_options_end_before_the_first_step(home, port, tmp_path):
