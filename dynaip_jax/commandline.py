@@ -99,7 +99,9 @@ def _check_local(field: str, value: Any) -> None:
     """Raises `UserError` for a bucket where a `Path` is meant, which would become a local folder "gs:"."""
     for path in value if isinstance(value, tuple) else (value,):
         if isinstance(path, Path) and re.fullmatch(r"(gs|s3):", path.parts[0] if path.parts else ""):
-            raise UserError(f"`{field}` {path}: lies in a bucket; expected a path on a disk; copy it from or to there")
+            raise UserError(
+                f"`{field}` {path.parts[0]}//{'/'.join(path.parts[1:])}: lies in a bucket; expected a path on a disk; copy from or to there"
+            )
 
 
 def run_tyro(kind: Any, words: Sequence[str], *, see: str, **options: Any) -> Any:

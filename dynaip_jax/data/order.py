@@ -75,7 +75,7 @@ class BatchOrder:
 
     def _assign(self, sizes: np.ndarray, shapes: list[Bucket]) -> tuple[np.ndarray, list[Bucket]]:
         """The bucket of each row, and the buckets that fill at least one batch."""
-        nearest = np.empty(len(sizes), np.uint8 if len(shapes) < 256 else np.uint16)
+        nearest = np.empty(len(sizes), np.int8 if len(shapes) < 128 else np.int16)
         while True:
             centres, done = np.log([s.width / s.height for s in shapes]), 0
             for part in _parts(sizes):

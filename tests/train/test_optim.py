@@ -19,7 +19,7 @@ from train.config import OptimConfig
 from train.loop import train
 from train.optim import dimension_numbers, dotted, learning_rates, optimizer
 from train.run import Run
-from train.state import fresh_params, updated
+from train.state import fresh_params, init_state, updated
 
 
 def test_muon_takes_the_matrices_and_goes_on_after_a_restart(config, tmp_path):
@@ -87,16 +87,17 @@ def test_matrices_are_told_by_their_axes_in_every_network(name):
 
 def test_decay_leaves_stacked_scales_and_biases_alone(config):
     """With no gradient, decay alone moves parameters: the base's and the adapter's matrices, and nothing else."""
-    run = Run(dataclasses.replace(config, trainable="all"))
+    everything = dataclasses.replace(config, trainable="all")
+    constants = Run(everything).constants
     optim = dataclasses.replace(config.optim, weight_decay=10.0, warmup=0)
-    state = run.fresh_state()
-    ones = state._replace(params=jax.tree.map(jnp.ones_like, state.params))
+    shapes = jax.eval_shape(lambda: fresh_params(everything, constants))
+    ones = init_state(optim, jax.tree.map(lambda x: jnp.ones(()), shapes))  # it goes by names, not by sizes
     zero = jax.tree.map(jnp.zeros_like, ones.params)
-    moved = jax.jit(lambda: updated(optim, ones, zero, run.constants.decayed).params)()
+    moved = jax.jit(lambda: updated(optim, ones, zero, constants.decayed).params)()
     shrunk = {
         dotted(path) for path, x in jax.tree_util.tree_leaves_with_path(moved) if not np.array_equal(x, np.ones_like(x))
     }
-    assert shrunk == run.constants.decayed and "adapter.double.key_norm" not in shrunk
+    assert shrunk == constants.decayed and "adapter.double.key_norm" not in shrunk
     assert any(".qkv.kernel" in name for name in shrunk)
     assert all(name.rpartition(".")[2] in MATRICES for name in shrunk)
 
