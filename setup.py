@@ -25,6 +25,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
+        "array_record",
         "importlib_resources",  # tensorflow-datasets imports it and does not declare it
         "etils[epath]",
         "fsspec",

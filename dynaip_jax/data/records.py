@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dynaip_jax.data.shards import Shards
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import as_path
 
@@ -164,7 +165,7 @@ class Dataset:
 
     def __getitem__(self, row: int) -> Record:
         try:
-            fields = dict(self._source[row])
+            fields = self._parse(self._source[row])
             record = Record(**fields | {k: fields[k].decode() for k in ("caption", "subject")})
         except Exception as e:  # array_record and protobuf each have their own; an empty record decodes to None
             raise self._damaged(f"row {row}", e) from e
@@ -174,15 +175,24 @@ class Dataset:
             raise self._damaged(f"row {row}", f"its checksum is not the one in {INDEX}")
         return record
 
+    @property
+    def _source(self) -> Shards:
+        return self._opened[0]
+
+    def _parse(self, record: bytes) -> dict[str, Any]:
+        return dict(self._opened[1].deserialize_example_np(record))
+
     @cached_property
-    def _source(self) -> Any:
+    def _opened(self) -> tuple[Shards, Any]:
+        """The records' bytes, and what reads them."""
         import tensorflow_datasets as tfds
 
         try:
             builder = tfds.builder_from_directory(os.fspath(self.path))
             if set(builder.info.features or ()) != set(Record._fields):
                 raise ValueError(f"fields {sorted(builder.info.features or ())}, expected {sorted(Record._fields)}")
-            return builder.as_data_source(SPLIT)
+            split = builder.info.splits[SPLIT]
+            return Shards([os.fspath(file) for file in split.filepaths], split.shard_lengths), builder.info.features
         except Exception as e:  # tfds raises whatever its parts raise
             raise self._damaged(INFO, e) from e
 
