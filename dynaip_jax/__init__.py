@@ -12,10 +12,11 @@ from dynaip_jax.version import __version__
 if TYPE_CHECKING:
     from dynaip_jax.errors import UserError
     from dynaip_jax.images import read_settings
+    from dynaip_jax.runtime.compiling import keep_compiled
     from dynaip_jax.sampling.options import SampleOptions
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
 
-__all__ = ["DynaIPPipeline", "SampleOptions", "UserError", "__version__", "read_settings"]
+__all__ = ["DynaIPPipeline", "SampleOptions", "UserError", "__version__", "keep_compiled", "read_settings"]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,6 +33,10 @@ def __getattr__(name: str) -> Any:
             from dynaip_jax.errors import UserError
 
             return UserError
+        case "keep_compiled":
+            from dynaip_jax.runtime.compiling import keep_compiled
+
+            return keep_compiled
         case "read_settings":
             from dynaip_jax.images import read_settings
 

@@ -38,7 +38,7 @@ ROOMS = {  # room of dynaip_jax: the rooms it may import, besides itself and fil
 }
 TOP = {
     "testing": ("families", "adapters", "layers", "storage"),
-    "": ("sampling", "images"),
+    "": ("sampling", "images", "runtime"),
 }  # files at the top that may
 PACKAGES = {"dynaip_jax": (), "tools": ("dynaip_jax",), "train": ("dynaip_jax",), "configs": ("dynaip_jax", "train")}
 WITHOUT_JAX = ("choices", "errors", "commandline", "version", "sampling.options", "images", "data")

@@ -1,4 +1,4 @@
-"""`import dynaip_jax`: four names, imported when they are used."""
+"""`import dynaip_jax`: a few names, imported when they are used."""
 
 import subprocess
 import sys
@@ -11,11 +11,13 @@ import dynaip_jax
 def test_names_are_those_of_their_modules():
     from dynaip_jax.errors import UserError
     from dynaip_jax.images import read_settings
+    from dynaip_jax.runtime.compiling import keep_compiled
     from dynaip_jax.sampling.options import SampleOptions
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
 
     assert dynaip_jax.DynaIPPipeline is DynaIPPipeline and dynaip_jax.SampleOptions is SampleOptions
     assert dynaip_jax.UserError is UserError and dynaip_jax.read_settings is read_settings
+    assert dynaip_jax.keep_compiled is keep_compiled
     assert set(dynaip_jax.__all__) <= set(dir(dynaip_jax))
     with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
         dynaip_jax.Pipeline  # noqa: B018

@@ -29,7 +29,10 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> int:
     """Entry point of the `dynaip` script."""
-    if sys.argv[1:2] != ["plan"]:  # which says how long compiling takes
+    words = sys.argv[1:]
+    if (
+        words and words[0] in COMMANDS and words[0] != "plan" and not {"-h", "--help"} & {*words}
+    ):  # plan times compilations
         keep_compiled()
     return run_cli(run)
 
