@@ -26,7 +26,9 @@ from typing import (
     get_type_hints,
 )
 
+from dynaip_jax import interrupts
 from dynaip_jax.errors import UserError
+from dynaip_jax.platforms import leave_absent_tpus
 
 T = TypeVar("T")
 Main = Callable[[Sequence[str]], int | None]
@@ -235,17 +237,23 @@ def flag(field: str) -> str:
 
 
 def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, str] | None = None) -> int:
-    """Runs `main` with the words of the command line; a `UserError` becomes one line on stderr and status 2, Ctrl-C status 130.
+    """Runs `main` with the words of the command line; a `UserError` becomes one line on stderr and status 2, Ctrl-C status 130 and
+    SIGTERM 143, with what is lost by it on one line.
 
     `flags`: options whose flag is not `flag(option)`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    leave_absent_tpus()
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        with interrupts.handled():
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         print(f"error: {e.told(lambda field: (flags or {}).get(field) or flag(field))}", file=sys.stderr)
         return 2
+    except interrupts.Interrupted as e:
+        print(e, file=sys.stderr)
+        return 128 + e.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

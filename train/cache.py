@@ -23,7 +23,9 @@ from dynaip_jax.data.order import BatchOrder, make_order
 from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import Pictures
 from dynaip_jax.errors import UserError
+from dynaip_jax.interrupts import at_stake, litter
 from dynaip_jax.storage.folders import replacing
+from dynaip_jax.tasks import task
 from train import config as config_
 from train.photographs import resolve
 
@@ -71,7 +73,11 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     order = make_order(config.data, dataset, config.batch)
     facts = features.facts(config.data, order, run.encoder_identity, config.dtype, dataset.content)
     manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=facts)
-    with replacing(out, overwrite=overwrite, marks=(features.FILE,)) as folder:
+    with (
+        at_stake(f"nothing is written to {out}"),
+        replacing(out, overwrite=overwrite, marks=(features.FILE,)) as folder,
+        litter(folder),
+    ):
         store = features.Store(folder, config.dtype)
         _write_features(store, Encoding(run, dataset), order, variants)
         (folder / features.FILE).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -102,8 +108,6 @@ class Encoding:
 
 def _write_features(store: features.Store, encoded: Encoding, order: BatchOrder, variants: int) -> None:
     """Fills `store` with the features of every row: what text gives once, what pictures give in every variant."""
-    from tqdm import tqdm
-
     config, count = encoded.config, len(order.bucket_of)
     arrays: dict[str, np.ndarray] = {}
 
@@ -117,7 +121,7 @@ def _write_features(store: features.Store, encoded: Encoding, order: BatchOrder,
     for name, values in _text(empty).items():
         put(f"empty_{name}", values.shape[1:], (), values[0])
     slot = features.slots(order.bucket_of)
-    with tqdm(total=count * variants, desc="encoding", unit="row", disable=None) as bar:
+    with task("encoding", count * variants, "row") as done:
         for bucket, members, variant, rows in _parts(order, variants, config.batch):
             e = encoded(keep_text, rows, bucket, variant)
             moments = (variants, members, *e.moments.shape[1:])
@@ -128,7 +132,7 @@ def _write_features(store: features.Store, encoded: Encoding, order: BatchOrder,
             if variant == 0:
                 for name, values in _text(e).items():
                     put(name, (count, *values.shape[1:]), (rows,), values)
-            bar.update(len(rows))
+            done(len(rows))
 
 
 def _text(encoded: Encoded) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from dynaip_jax.data.joining import join
 from dynaip_jax.data.records import INDEX, Record, write_dataset
 from dynaip_jax.data.sources import Source
 from dynaip_jax.errors import UserError
+from dynaip_jax.interrupts import at_stake, litter
 from dynaip_jax.storage.folders import AnyPath, as_path, replacing
+from dynaip_jax.tasks import task
 from train.parts import Part, Share, folder_of, make_parts
 
 EXAMPLES = """
@@ -53,9 +55,11 @@ def prepare(
     def good() -> Iterator[Record]:
         from tqdm import tqdm
 
-        with tqdm(total=source.entries, desc="checking", unit="row", disable=None) as bar:
+        number = 0
+        with task("checking", source.entries, "row") as done:
             for checked in _checked(source, limits, jobs):
-                bar.update(checked.number - bar.n)
+                done(checked.number - number)
+                number = checked.number
                 if isinstance(checked, BadRow):
                     bad.append(checked)
                     tqdm.write(f"row {checked.number}: {UserError(checked.reason).told(flag)}", file=sys.stderr)
@@ -64,7 +68,11 @@ def prepare(
         if bad and not skip_bad:
             raise UserError(f"{len(bad)} bad rows, named above; nothing was written; correct them, or pass --skip-bad")
 
-    with replacing(out, overwrite=overwrite, marks=(INDEX,)) as work:
+    with (
+        at_stake(f"nothing is written to {out}"),
+        replacing(out, overwrite=overwrite, marks=(INDEX,)) as work,
+        litter(work),
+    ):
         return Prepared(write_dataset(work, good()), bad)
 
 

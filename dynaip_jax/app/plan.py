@@ -16,6 +16,7 @@ from typing import Literal
 
 from dynaip_jax.commandline import argument, parse_known
 from dynaip_jax.errors import UserError
+from dynaip_jax.interrupts import GRACE
 
 EXAMPLES = """
 examples:
@@ -68,6 +69,10 @@ def main(argv: Sequence[str]) -> int:
     with subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=path), stdin=subprocess.DEVNULL) as process:
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # which the terminal gives to the process too
-            status = process.wait()
+        except KeyboardInterrupt:  # which a terminal gives to the process too
+            try:
+                status = process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                status = process.wait()
     return status if status >= 0 else 128 - status

@@ -15,6 +15,7 @@ import numpy as np
 
 from dynaip_jax.commandline import argument, parse, run_cli
 from dynaip_jax.errors import UserError
+from dynaip_jax.interrupts import at_stake
 from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.storage.folders import reserve, scratch, sha256_of
@@ -83,14 +84,15 @@ def convert(
     if dry_run:
         print("all names and shapes fit; nothing written (--dry-run)")
         return
-    write_bundle(
-        out,
-        _converted(sources.components, out, dtype),
-        family=layout.family,
-        **layout.manifest(sources, t5_length),
-        tokenizers=sources.tokenizers,
-        overwrite=overwrite,
-    )
+    with at_stake(f"nothing is written to {out}"):
+        write_bundle(
+            out,
+            _converted(sources.components, out, dtype),
+            family=layout.family,
+            **layout.manifest(sources, t5_length),
+            tokenizers=sources.tokenizers,
+            overwrite=overwrite,
+        )
     print(f"wrote {out}")
 
 
