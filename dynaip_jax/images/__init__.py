@@ -5,11 +5,9 @@ from dynaip_jax.images.files import (
     KINDS,
     MAX_PIXELS,
     MIN_SIDE,
-    check_png_path,
     load_image,
     load_mask,
     read_settings,
-    save_png,
 )
 from dynaip_jax.images.grids import grid, labelled
 from dynaip_jax.images.preprocess import (
@@ -22,8 +20,9 @@ from dynaip_jax.images.preprocess import (
     square,
     to_uint8,
 )
+from dynaip_jax.images.writing import Kept, check_png_path, keep_png, save_png
 
 __all__ = [
-    "CLIP_MEAN", "CLIP_STD", "FORMATS", "KINDS", "MAX_PIXELS", "MIN_SIDE", "NEUTRAL", "check_png_path", "clip_pixels", "grid",
-    "labelled", "load_image", "load_mask", "mask_to_tokens", "read_settings", "regions", "save_png", "square", "to_uint8",
+    "CLIP_MEAN", "CLIP_STD", "FORMATS", "KINDS", "Kept", "MAX_PIXELS", "MIN_SIDE", "NEUTRAL", "check_png_path", "clip_pixels", "grid",
+    "keep_png", "labelled", "load_image", "load_mask", "mask_to_tokens", "read_settings", "regions", "save_png", "square", "to_uint8",
 ]  # fmt: skip

@@ -1,26 +1,24 @@
-"""Picture files: reading them, masks among them, and writing PNG files that carry their settings."""
+"""Picture files: reading them, masks among them, and the settings in PNG files that this project wrote."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.images.writing import SETTINGS_KEY
 
 # No other formats: some of PIL's readers start programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 KINDS = "PNG, JPEG, WebP, TIFF, BMP, GIF or PPM"
 MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
-SETTINGS_KEY = "dynaip"
 
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 
@@ -60,55 +58,6 @@ def load_mask(path: str | Path, height: int, width: int) -> Float32[np.ndarray, 
         resized = Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR)
         mask = np.clip(np.asarray(resized, np.float32), 0, 1)
     return mask
-
-
-def check_png_path(path: str | Path, *, overwrite: bool) -> None:
-    """Raises the `UserError` that `save_png` would for this name, so that one can ask before hours of work."""
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(
-            f"{path}: output name ends in {path.suffix!r}; expected .png, which carries the settings; rename it"
-        )
-    if not path.parent.is_dir():
-        raise UserError(
-            f"{path}: there is no folder {path.parent}; expected an existing one; create it or change the path"
-        )
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected the name of a file to write; change the path")
-    if path.exists() and not overwrite:
-        raise UserError(
-            f"{path}: exists already; expected a new name; change it, or pass `overwrite` to replace the file"
-        )
-
-
-def save_png(
-    image: UInt8[np.ndarray, "H W 3"] | Image.Image,
-    path: str | Path,
-    settings: dict[str, Any],
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Writes uint8 `[H, W, 3]` or a PIL picture as PNG, with `settings` as JSON in its text chunk "dynaip".
-
-    The file appears whole or not at all: it is written under another name in the same folder, then renamed. Raises
-    `UserError` for a name that does not end in .png, for a missing folder, for an existing file unless `overwrite`, and
-    if it cannot be written.
-    """
-    path = Path(path)
-    check_png_path(path, overwrite=overwrite)
-    text = PngInfo()
-    text.add_text(SETTINGS_KEY, json.dumps(settings, allow_nan=False))
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        picture.save(partial, format="PNG", pnginfo=text)
-        os.replace(partial, path)
-    except OSError as e:
-        raise UserError(
-            f"{path}: cannot be written ({e}); expected a writable folder with free space; change it"
-        ) from e
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Picture files, with scikit-image's photographs."""
 
 import json
+import os
 import stat
 import struct
 import subprocess
@@ -231,11 +232,10 @@ def test_a_failed_write_leaves_the_old_file_whole_and_no_other(tmp_path, photo, 
     path = tmp_path / "out.png"
     images.save_png(photo, path, {"seed": 1})
 
-    def full_disk(self, target, **options):
-        target.write_bytes(b"half")
+    def full_disk(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     assert "No space left" in refused(path, lambda p: images.save_png(photo, p, {}, overwrite=True))
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"] and images.read_settings(path) == {"seed": 1}
 
