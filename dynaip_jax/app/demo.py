@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dynaip_jax.commandline import argument, parse
 from dynaip_jax.errors import UserError
+from dynaip_jax.interrupts import at_stake
+from dynaip_jax.tasks import task
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Arguments:
     prompt: str | None = argument(
         'what to make of it: "a heart on the left on snow at dusk"', default=None, unit="TEXT"
     )
-    output: Path = argument("the figure", default=Path("demo.png"), unit="OUT.png")
+    output: str = argument("the figure", default="demo.png", unit="OUT.png")
     overwrite: bool = argument("replace an existing picture", default=False)
 
 
@@ -36,8 +39,11 @@ def main(argv: Sequence[str]) -> int:
 
     from dynaip_jax.shapeland import demo as figure
 
-    figure.draw(args.output, args.reference, args.prompt, overwrite=args.overwrite)
-    print(args.output)
+    with at_stake("the figure is lost"), task("drawing the figure"):
+        kept = figure.draw(Path(args.output), args.reference, args.prompt, overwrite=args.overwrite)
+    if kept.reason is not None:
+        print(f"warning: {args.output}: cannot be written ({kept.reason}); saved as {kept.path}", file=sys.stderr)
+    print(kept.path, flush=True)
     if args.reference is None:
         print(f"\n{figure.measures()}")
-    return 0
+    return 0 if kept.reason is None else 1

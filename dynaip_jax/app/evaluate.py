@@ -10,6 +10,7 @@ from typing import Literal
 
 from dynaip_jax.commandline import Command, argument, choose, parse
 from dynaip_jax.errors import UserError
+from dynaip_jax.tasks import task
 
 EXAMPLES = """
 examples:
@@ -19,6 +20,7 @@ examples:
       all rows of an adapter of your own, on a quarter of the cases
 """
 SEEDS = 2**32
+MOST = 1_000_000  # cases a row
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,12 @@ def main(argv: Sequence[str]) -> int:
 def shapeland(argv: Sequence[str]) -> int:
     """`dynaip evaluate shapeland`: prints a table, or JSON."""
     args = parse(Arguments, argv, "dynaip evaluate shapeland", EXAMPLES)
-    if args.num < 1:
-        raise UserError(f"`num` {args.num}: expected at least 1")
+    if not 1 <= args.num <= MOST:
+        raise UserError(f"`num` {args.num}: expected at least 1, and at most {MOST}")
     if not 0 <= args.seed < SEEDS:
         raise UserError(f"`seed` {args.seed}: expected a number from 0 to {SEEDS - 1}")
 
+    from dynaip_jax.sampling.opening import open_model
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
     from dynaip_jax.shapeland import default, measure, scoring
     from dynaip_jax.storage.tensors import read_tree
@@ -73,14 +76,15 @@ def shapeland(argv: Sequence[str]) -> int:
     if names is not None:
         stored = [row for row in stored if row["name"] in names]
         names = tuple(name for name in names if name not in {row["name"] for row in stored})
-    pipe = DynaIPPipeline.load(model, adapter)
+    opened = open_model(model, adapter)
     subjects: list[int] = sorted(set(args.subjects))
-    measure.check(pipe, names, subjects)
+    measure.check(opened.model, names, subjects)
     judge = read_tree(args.judge or default.JUDGE)
-    calibrations = {s: scoring.calibrate(judge, s) for s in subjects}
-    rows = measure.evaluate(
-        pipe, judge, names, subjects, args.seed, args.num, progress=sys.stderr.isatty(), calibrations=calibrations
-    )
+    with task(f"loading {model}"):
+        pipe = DynaIPPipeline.read(opened)
+    with task("calibrating the judge"):
+        calibrations = {s: scoring.calibrate(judge, s) for s in subjects}
+    rows = measure.evaluate(pipe, judge, names, subjects, args.seed, args.num, progress=True, calibrations=calibrations)
     rows += [row for row in stored if row["subjects"] in subjects]
     for doubt in scoring.doubts(calibrations):
         print(f"warning: {doubt}", file=sys.stderr)

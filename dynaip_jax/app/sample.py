@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
+from dynaip_jax import interrupts
 from dynaip_jax.commandline import argument, parse
 from dynaip_jax.errors import UserError
-from dynaip_jax.sampling.options import Levels, SampleOptions, reference_options
+from dynaip_jax.sampling.options import MOST, Levels, SampleOptions, reference_options
+from dynaip_jax.tasks import task
 from dynaip_jax.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dynaip_jax.sampling.pipeline import DynaIPPipeline, Generation
+    from dynaip_jax.sampling.opening import Opened
+    from dynaip_jax.sampling.pipeline import Generation
+    from dynaip_jax.sampling.request import Request
 
 EXAMPLES = """
 examples:
@@ -36,6 +41,7 @@ examples:
 """
 FLAGS = dict(bundle="--model", references="--reference", words="--subject IMG=WORDS", masks="--mask")
 FILES, PICTURE, REFERENCE = "model and file", "picture", "reference"  # headings in help
+GRID_PIXELS = 100_000_000  # at most, of the grid of several pictures
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Arguments:
         default=False,
         group=FILES,
     )
-    output: Path = argument("the picture, or the grid of several", unit="OUT.png", group=FILES)
+    output: str = argument("the picture, or the grid of several", unit="OUT.png", group=FILES)
     overwrite: bool = argument("replace existing pictures", default=False, group=FILES)
 
     prompt: tuple[str, ...] = argument(
@@ -122,30 +128,47 @@ def main(argv: Sequence[str]) -> int:
     options = SampleOptions(**given)
 
     from dynaip_jax import images
+    from dynaip_jax.sampling.request import make_request
 
     noise = None if args.noise is None else _load_noise(args.noise)
     each = (options.num_images or 1) if noise is None else len(noise) if noise.ndim else 1
+    if each * len(args.prompt) > MOST:
+        raise UserError(f"`num_images`: {len(args.prompt)} prompts of {each} pictures; expected at most {MOST} in all")
     outputs = _outputs(args.output, each * len(args.prompt))
     for path in outputs:
         images.check_png_path(path, overwrite=args.overwrite)
     pictures = [images.load_image(subject.picture) for subject in subjects]
 
-    import warnings
+    opened, made_with = _open(args, bool(subjects))
+    request = make_request(
+        opened.model,
+        args.prompt if len(args.prompt) > 1 else args.prompt[0],
+        pictures,
+        masks=args.mask,
+        words=[subject.words for subject in subjects] if any(subject.words for subject in subjects) else (),
+        noise=noise,
+        options=options,
+    )
+    for note in request.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    saving = Saving(outputs, made_with | _given_files(args, subjects), overwrite=args.overwrite)
+    with interrupts.at_stake(saving.lost):
+        _make(opened, request, subjects, saving)
+    return 1 if saving.elsewhere else 0
 
-    pipe, made_with = _load(args, bool(subjects))
-    with warnings.catch_warnings(action="ignore"):  # they are in the result too
-        result = pipe(
-            args.prompt if len(args.prompt) > 1 else args.prompt[0],
-            pictures,
-            masks=args.mask,
-            words=[subject.words for subject in subjects] if any(subject.words for subject in subjects) else (),
-            noise=noise,
-            options=options,
-            progress=sys.stderr.isatty(),
-        )
-    _tell(result, subjects)
-    _save(result, outputs, made_with | _given_files(args, subjects), overwrite=args.overwrite)
-    return 0
+
+def _make(opened: Opened, request: Request, subjects: Sequence[Subject], saving: Saving) -> None:
+    """Reads the weights, and makes and saves the pictures."""
+    from dynaip_jax.sampling.pipeline import DynaIPPipeline
+
+    with task(f"loading {opened.model.bundle.path}"):
+        pipe = DynaIPPipeline.read(opened)
+    for part in pipe.draw(request, progress=True):
+        if not saving.done:
+            _tell(part, subjects)
+        with interrupts.finishing():
+            saving.add(part)
+    saving.grid()
 
 
 def _with_options() -> type[Any]:
@@ -186,16 +209,17 @@ def _load_noise(path: Path) -> np.ndarray:
         raise UserError(f"`noise` {path}: cannot be read as a NumPy array ({e}); expected a .npy file of floats") from e
 
 
-def _outputs(output: Path, count: int) -> list[Path]:
-    """The file of the picture; of several the grid's file, then one each."""
-    each = [output.with_name(f"{output.stem}_{k}.png") for k in range(count)]
+def _outputs(output: str, count: int) -> list[str | Path]:
+    """The file of the picture, as it was given; of several the grid's file, then one each."""
+    path = Path(output)
+    each = [path.with_name(f"{path.stem}_{k}.png") for k in range(count)] if path.name else []
     return [output, *each] if count > 1 else [output]
 
 
-def _load(args: Arguments, with_references: bool) -> tuple[DynaIPPipeline, dict[str, Any]]:
-    """The pipeline, and what the settings of a picture say of it."""
+def _open(args: Arguments, with_references: bool) -> tuple[Opened, dict[str, Any]]:
+    """The model, whose weights are still to be read, and what the settings of a picture say of it."""
     from dynaip_jax.runtime.sharding import parse_mesh
-    from dynaip_jax.sampling.pipeline import DynaIPPipeline
+    from dynaip_jax.sampling.opening import open_model
 
     model: str | Path | None = args.model
     adapter: str | Path | None = args.adapter
@@ -210,7 +234,7 @@ def _load(args: Arguments, with_references: bool) -> tuple[DynaIPPipeline, dict[
             f"{' '.join(caption_words())}; pass --model for another",
             file=sys.stderr,
         )
-    pipe = DynaIPPipeline.load(
+    opened = open_model(
         model,
         adapter,
         dtype=args.dtype,
@@ -220,10 +244,10 @@ def _load(args: Arguments, with_references: bool) -> tuple[DynaIPPipeline, dict[
         weights=args.weights,
         offload_text=args.offload_text,
     )
-    return pipe, dict(
+    return opened, dict(
         program=f"dynaip_jax {__version__}",
         model=str(model),
-        base=pipe.bundle.fingerprint,
+        base=opened.model.bundle.fingerprint,
         adapter=None if adapter is None else str(adapter),
     )
 
@@ -237,28 +261,83 @@ def _given_files(args: Arguments, subjects: Sequence[Subject]) -> dict[str, Any]
     )
 
 
-def _tell(result: Generation, subjects: Sequence[Subject]) -> None:
+def _tell(part: Generation, subjects: Sequence[Subject]) -> None:
     """Lines on stderr about how the pictures were made."""
-    for note in result.warnings:
-        print(f"warning: {note}", file=sys.stderr)
-    if "cached_steps" in result.settings:
-        steps = result.settings["steps"]
-        print(f"{result.settings['cached_steps']} of {steps} steps from the cache", file=sys.stderr)
-    if result.routing is not None:
-        for subject, (low, mid, high) in zip(subjects, result.routing, strict=True):
+    if "cached_steps" in part.settings:
+        print(f"{part.settings['cached_steps']} of {part.settings['steps']} steps from the cache", file=sys.stderr)
+    if part.routing is not None:
+        for subject, (low, mid, high) in zip(subjects, part.routing, strict=True):
             print(f"{subject.picture}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)
 
 
-def _save(result: Generation, outputs: Sequence[Path], made_with: dict[str, Any], *, overwrite: bool) -> None:
-    """Writes each picture with its settings, then the grid of several, and prints their names."""
-    from dynaip_jax import images
+class Saving:
+    """Writes pictures with their settings as they are done, then the grid of several; prints the names, and knows what is lost.
 
-    settings = result.settings | made_with
-    seeds: list[int | None] = list(result.seeds) if result.seeds else [None] * len(result.images)
-    singles = outputs[1:] or outputs
-    for image, path, prompt, seed in zip(result.images, singles, result.prompts, seeds, strict=True):
-        images.save_png(image, path, settings | dict(prompt=prompt, seed=seed), overwrite=overwrite)
-        print(path)
-    if len(outputs) > 1:
-        images.save_png(images.grid(result.images), outputs[0], settings | dict(seed=seeds), overwrite=overwrite)
-        print(outputs[0])
+    `outputs`: as from `_outputs`; `made_with`: settings that all have; `elsewhere`: whether a picture lies under another name.
+    """
+
+    def __init__(self, outputs: Sequence[str | Path], made_with: dict[str, Any], *, overwrite: bool):
+        self._outputs, self._made_with, self._overwrite = outputs, made_with, overwrite
+        self._singles = outputs[1:] or outputs
+        self._cells: list[Any] = []
+        self._seeds: list[int | None] = []
+        self._settings: dict[str, Any] = {}
+        self.elsewhere = False
+
+    @property
+    def done(self) -> int:
+        """Pictures that are saved."""
+        return len(self._cells)
+
+    def lost(self) -> str:
+        """What there will not be if the command ends now."""
+        if self.done < len(self._singles):
+            one = len(self._singles) == 1
+            return (
+                "the picture is lost"
+                if one
+                else f"{len(self._singles) - self.done} of {len(self._singles)} pictures are lost"
+            )
+        return "there is no grid" if len(self._outputs) > 1 else ""
+
+    def add(self, part: Generation) -> None:
+        """Saves some pictures."""
+        self._settings = self._settings or part.settings | self._made_with
+        seeds: list[int | None] = list(part.seeds) if part.seeds else [None] * len(part.images)
+        for image, prompt, seed in zip(part.images, part.prompts, seeds, strict=True):
+            own = part.settings | self._made_with | dict(prompt=prompt, seed=seed)
+            self._keep(image, self._singles[self.done], own)
+            self._seeds.append(seed)
+            self._cells.append(self._cell(image))
+
+    def grid(self) -> None:
+        """Saves the grid, if there are several pictures."""
+        from dynaip_jax import images
+
+        if len(self._outputs) > 1:
+            self._keep(images.grid(self._cells), self._outputs[0], self._settings | dict(seed=self._seeds))
+
+    def _cell(self, image: Any) -> Any:
+        """The picture, smaller where the grid would have too many pixels."""
+        share = (GRID_PIXELS / (image.width * image.height * len(self._singles))) ** 0.5
+        if share >= 1:
+            return image
+        return image.resize((max(1, int(image.width * share)), max(1, int(image.height * share))))
+
+    def _keep(self, image: Any, path: str | Path, settings: dict[str, Any]) -> None:
+        from dynaip_jax import images
+
+        kept = images.keep_png(image, path, settings, overwrite=self._overwrite)
+        if kept.reason is not None:
+            self.elsewhere = True
+            print(f"warning: {path}: cannot be written ({kept.reason}); saved as {kept.path}", file=sys.stderr)
+        _print_name(kept.path)
+
+
+def _print_name(path: Path) -> None:
+    """Prints a name on stdout. That nobody reads it any more, or that it cannot be shown, stops nothing."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(str(path).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)

@@ -38,6 +38,7 @@ class Arranged:
         self._leaves, self._structure = jax.tree.flatten(params)
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self._leaves]
         self._shapes, self._lock = jax.tree.unflatten(self._structure, shapes), Lock()
+        self._compiled: list[dict[str, Any]] = []  # facts of programs, the last at the end
 
     @property
     def params(self) -> Any:
@@ -45,11 +46,32 @@ class Arranged:
         with self._lock:
             return jax.tree.unflatten(self._structure, self._leaves)
 
-    def run(
+    def news(self, facts: dict[str, Any]) -> str | None:
+        """What makes the next program, of which `facts` tell all that its shapes depend on, another than the last: "" for the first
+        one, such as "pictures 4 -> 2" later, None if it has been compiled before."""
+        with self._lock:
+            if facts in self._compiled:
+                return None
+            last = self._compiled[-1] if self._compiled else facts
+            self._compiled.append(facts)
+        return ", ".join(f"{name} {last[name]} -> {value}" for name, value in facts.items() if last[name] != value)
+
+    def program(
         self, function: Callable[..., Any], config: Hashable, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> jax.stages.Compiled:
+        """What `run` calls, compiled for these shapes."""
+        return lower(function, config, self._shapes, args, options).compile()
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        config: Hashable,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+        program: jax.stages.Compiled | None = None,
     ) -> Any:
-        """`function(config, params, *args, **options)`, compiled for these shapes."""
-        program = lower(function, config, self._shapes, args, options).compile()
+        """`function(config, params, *args, **options)`; `program`: what compiles it, if that has been done."""
+        program = program or self.program(function, config, args, options)
         (formats, _), _ = program.input_formats
         with self._lock:
             for n, wanted in enumerate(jax.tree.leaves(formats)):  # one by one: no more than one array is there twice

@@ -103,18 +103,17 @@ def places(
     family: Family,
     tokenizers: Tokenizers,
     prompts: Sequence[str],
-    each: int,
     subjects: Subjects,
     mode: str,
     size: tuple[int, int],
 ) -> dict[str, np.ndarray | None]:
-    """`region` `[1, s, i]` from masks, or `words` `[1 or n · each, s, t]`, for `each` pictures of each prompt of `size` = (height, width)."""
+    """`region` `[1, s, i]` from masks, or `words` `[n, s, t]`, for pictures of `size` = (height, width)."""
     if mode == "masks":
         masks = [mask_of(mask, *size) for mask in subjects.masks]
         return dict(region=images.regions(masks, family.multiple)[None])
     named = [w for w in subjects.words if w]
     rows = np.stack([tokenizers.words(prompt, named) for prompt in prompts])  # checked even where they are not used
-    return dict(words=None if mode == "none" else rows if len(prompts) == 1 else np.repeat(rows, each, axis=0))
+    return dict(words=None if mode == "none" else rows)
 
 
 def rgb(picture: Picture) -> np.ndarray:

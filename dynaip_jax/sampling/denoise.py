@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynaip_jax import flow
+from dynaip_jax.errors import OutOfMemory
 from dynaip_jax.families.base import Family
-from dynaip_jax.runtime import layouts
+from dynaip_jax.runtime import layouts, memory
 from dynaip_jax.runtime.compiling import QUICK
-from dynaip_jax.sampling import progress
 from dynaip_jax.sampling.conditions import Conditions
 from dynaip_jax.sampling.options import SampleOptions
+from dynaip_jax.sampling.progress import SILENT, Progress, step_done, watching
 from dynaip_jax.types import ImagePrompt, TextCondition
 
 
@@ -44,25 +46,73 @@ def generate(
     conditions: Conditions,
     noise: np.ndarray | jax.Array,
     options: SampleOptions,
-    watcher: progress.Watcher | None = None,
+    shown: Progress = SILENT,
 ) -> Made:
-    """The pictures of initial latents `noise` `[b, c, h, w]`. `options`: as from `SampleOptions.filled`; `watcher`: called at each
-    step."""
+    """The pictures of initial latents `noise` `[b, c, h, w]`. `options`: as from `SampleOptions.filled`; `shown`: what is told of it.
+
+    Raises `OutOfMemory` if the program needs more than is free, as far as the system says; JAX raises its own error if it does not.
+    """
     family, steps = parts.family, options.steps
     assert steps is not None, "options are filled first"
     if options.merge is not None:
         family = family.with_injection(dataclasses.replace(family.injection, merge=options.merge))
     times = family.times(steps, family.tokens(noise.shape))
-    with on_mesh(parts.mesh), progress.watching(watcher) as ticket:
+    with on_mesh(parts.mesh), contextlib.ExitStack() as stack:
         args = (jnp.asarray(noise), conditions.text, conditions.image_prompt, jnp.asarray(times))
         scalars = dict(guidance=options.guidance, true_cfg=options.true_cfg, cache_threshold=options.cache_threshold)
         dynamic = {name: None if x is None else jnp.float32(x) for name, x in scalars.items()}
         dynamic["window"] = jnp.array([options.image_start, options.image_end], jnp.float32)
+        watched = shown.show or shown.step is not None
+        dynamic["ticket"] = jnp.int32(0) if watched else None
+        news = parts.transformer.news(_facts(conditions, noise, options) | dict(progress=watched))
+        with contextlib.nullcontext() if news is None else shown.doing(f"compiling{news and f' again: {news}'}"):
+            program = parts.transformer.program(denoising_loop, family, args, dynamic)
+        memory.check_fits(program)
+        ticket = stack.enter_context(watching(stack.enter_context(shown.denoising(steps))))
         dynamic["ticket"] = None if ticket is None else jnp.int32(ticket)
-        latents, reused = parts.transformer.run(denoising_loop, family, args, dynamic)
-        latents.block_until_ready()
-    with on_mesh(parts.mesh):
-        return Made(decode(family, parts.vae, latents), None if reused is None else int(reused))
+        latents, reused = wait(parts.transformer.run(denoising_loop, family, args, dynamic, program))
+    with on_mesh(parts.mesh), shown.doing("decoding"):
+        return Made(decoded(family, parts.vae, latents), None if reused is None else int(reused))
+
+
+def decoded(family: Family, params: Mapping[str, Any], latents: jax.Array) -> jax.Array:
+    """Latents `[b, c, h, w]` -> pictures `[b, H, W, 3]`, all at once or, where the memory does not hold that, in halves."""
+    try:
+        with memory.watched():
+            return wait(decode(family, params, latents))
+    except OutOfMemory:
+        if len(latents) == 1:
+            raise
+    half = len(latents) // 2
+    return jnp.concatenate([decoded(family, params, part) for part in (latents[:half], latents[half:])])
+
+
+def wait(arrays: Any) -> Any:
+    """`arrays`, once they are there. Ctrl-C ends the waiting, as it would not if JAX did it."""
+    pause = 1e-4
+    while not all(x.is_ready() for x in jax.tree.leaves(arrays)):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    return jax.block_until_ready(arrays)  # raises what went wrong
+
+
+def _facts(conditions: Conditions, noise: Any, options: SampleOptions) -> dict[str, Any]:
+    """What the shapes of the denoising loop depend on, by names that a user knows."""
+    prompt = conditions.image_prompt
+    given = {} if prompt is None else dict(words=prompt.words, masks=prompt.region)
+    return dict(
+        pictures=len(noise),
+        height=options.height,
+        width=options.width,
+        steps=options.steps,
+        prompts=len(conditions.text.states),
+        references=0 if prompt is None else prompt.image_gain.shape[-1],
+        regions=next((name for name, value in given.items() if value is not None), "none"),
+        merge=options.merge,
+        negative=options.true_cfg is not None,
+        cache=options.cache_threshold is not None,
+        guidance=options.guidance is not None,
+    )
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
@@ -113,7 +163,7 @@ def denoising_loop(
         if cache is not None:
             v, cache = v
         if ticket is not None:
-            jax.debug.callback(progress.step_done, ticket)
+            jax.debug.callback(step_done, ticket)
         return v if true_cfg is None else v[b:] + true_cfg * (v[:b] - v[b:]), cache
 
     tokens, cache = flow.euler(velocity, family.pack(noise), times, cache)

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from dynaip_jax import choices, images
-from dynaip_jax.adapters.dynaip import DynaIPConfig, abstract_adapter_params
-from dynaip_jax.errors import UserError
+from dynaip_jax import images
+from dynaip_jax.adapters.dynaip import DynaIPConfig
+from dynaip_jax.errors import OutOfMemory, UserError
 from dynaip_jax.families.base import Family
-from dynaip_jax.families.quantize import quantized, weights_model
-from dynaip_jax.families.registry import family_of, open_bundle
 from dynaip_jax.families.tokenizers import Tokenizers
-from dynaip_jax.layers.compute import Compute
+from dynaip_jax.runtime import memory
 from dynaip_jax.runtime.layouts import Arranged
-from dynaip_jax.runtime.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device, to_device
-from dynaip_jax.sampling import progress as progress_
+from dynaip_jax.runtime.sharding import MeshConfig, to_device
 from dynaip_jax.sampling.conditions import (
     Conditions,
     Picture,
-    Subjects,
     adapter_options,
     encode_text,
     make_image_prompt,
-    places,
     reference_pixels,
 )  # fmt: skip
 from dynaip_jax.sampling.denoise import Parts, generate, on_mesh
+from dynaip_jax.sampling.opening import Described, Opened, open_model, remedies
 from dynaip_jax.sampling.options import SampleOptions
-from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
+from dynaip_jax.sampling.progress import Progress
+from dynaip_jax.sampling.request import Request, make_request, warn
 from dynaip_jax.storage.bundle import Bundle
-from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.types import ImagePrompt, TextCondition
 
 
@@ -80,7 +75,8 @@ class DynaIPPipeline:
         mesh: Mesh | None = None,
     ):
         self.bundle, self.family, self.tokenizers, self.adapter, self.mesh = bundle, family, tokenizers, adapter, mesh
-        self.defaults = MappingProxyType(bundle.manifest["defaults"])
+        self.model = Described(bundle, family, tokenizers, None if adapter is None else adapter[0])
+        self.defaults = self.model.defaults
         self._transformer = Arranged(params["transformer"])
         self._params = {name: tree for name, tree in params.items() if name != "transformer"}
 
@@ -116,34 +112,24 @@ class DynaIPPipeline:
         `offload_text`: T5 waits in the host's memory and is on the devices only while it encodes.
         Raises `UserError` if anything on disk is not what it should be or does not fit together.
         """
-        opened = open_bundle(bundle)
-        for name, value, allowed in (
-            ("dtype", dtype, (None, *choices.DTYPES)),
-            ("attention", attention, choices.KERNELS),
-            ("weights", weights, choices.WEIGHTS),
-        ):
-            if value not in allowed:
-                raise UserError(f"`{name}` {value}: expected one of {', '.join(filter(None, allowed))}")
-        kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-        compute = Compute(dtype=kind, param_dtype=kind, attention=attention, weights=weights)
-        family = family_of(opened, compute, reference=adapter is not None)
-        weights_model(family)  # if it needs qwix and that is not here, says so before anything is read
-        adapter_config = None if adapter is None else read_adapter_config(adapter, opened, family, any_base)
-        if adapter_config is not None:
-            family = family.with_injection(adapter_config.injection)
+        return cls.read(
+            open_model(
+                bundle,
+                adapter,
+                dtype=dtype,
+                any_base=any_base,
+                mesh=mesh,
+                attention=attention,
+                weights=weights,
+                offload_text=offload_text,
+            )
+        )
 
-        grid = None if mesh is None else make_mesh(mesh)
-
-        def targets(boxed: Any) -> Any:
-            return on_one_device(nn.meta.unbox(boxed)) if grid is None else abstract(boxed, grid)
-
-        params = _read_params(opened, family, targets, offload_text)
-        tokenizers = family.load_tokenizers(opened.path / "tokenizers")
-        with_adapter = None
-        if adapter is not None and adapter_config is not None:
-            target = targets(abstract_adapter_params(adapter_config, family.compute("clip_vision"), boxed=True))
-            with_adapter = adapter_config, read_adapter_weights(adapter, target)
-        return cls(opened, family, params, tokenizers, with_adapter, grid)
+    @classmethod
+    def read(cls, opened: Opened) -> DynaIPPipeline:
+        """Reads the weights of an opened model. Raises `UserError` as `load`."""
+        (bundle, family, tokenizers, config), (params, adapter) = opened.model, opened.read()
+        return cls(bundle, family, params, tokenizers, None if config is None else (config, adapter), opened.mesh)
 
     def __call__(
         self,
@@ -166,38 +152,70 @@ class DynaIPPipeline:
         - `options`, and `changes` to them by name: see `SampleOptions`. What stays None takes the bundle's default;
         - `progress`: True shows a bar; a function is called at each step.
 
-        Raises `UserError` for options that do not fit the model or each other, and for non-finite results.
+        All pictures are made at once unless `at_once` says otherwise or the memory does not hold that; see `draw` for pictures as
+        they are done.
+
+        Raises `UserError` for options that do not fit the model or each other, for non-finite results, and for too little memory.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UserError("`prompt`: none given; expected at least one")
-        subjects = Subjects(list(references), list(masks), list(words))
-        given = changed(options or SampleOptions(), changes)
-        mode = self._check(subjects, given)
-        used = given.filled(self.defaults, multiple=self.family.multiple, takes_guidance=self.family.takes_guidance)
-        latent = self.family.latent(*_size(used))
-        start, seeds = initial_noise(noise, given, latent)
-        each = len(start)
-        notes = self._cut(prompts, used.negative_prompt)
-        if used.merge is None and self.adapter is not None:
-            used = changed(used, dict(merge=self.adapter[0].merge))
-        image_prompt, routing = self._image_prompt(subjects, mode, used, prompts, each)
-        conditions = Conditions(self._text(prompts, used.negative_prompt, each), image_prompt)
-        noises = np.concatenate([start] * len(prompts))
-        with progress_.bar(used.steps or 0, progress is True) as bar:
-            watcher = progress if callable(progress) else bar
-            made = generate(self.parts, conditions, noises, used, watcher)
-        pictures = np.asarray(made.pictures)
-        if not np.isfinite(pictures).all():
+        request = make_request(
+            self.model, prompt, references, masks=masks, words=words, noise=noise, options=options, changes=changes
+        )
+        warn(request, 2)
+        return _joined(request, list(self.draw(request, progress)))
+
+    def request(self, prompt: str | Sequence[str], references: Sequence[Picture] = (), **given: Any) -> Request:
+        """Checks a call, whose arguments these are, for `draw`. Raises `UserError` for what does not fit the model or each other."""
+        own = {name: given.pop(name) for name in ("masks", "words", "noise", "options") if name in given}
+        return make_request(self.model, prompt, references, **own, changes=given)
+
+    def draw(self, request: Request, progress: bool | Callable[[], object] = False) -> Iterator[Generation]:
+        """Makes the pictures of a checked call, as many at once as `at_once` or the memory allows; gives each part when it is done.
+
+        Raises `UserError` for non-finite results, and if the memory does not hold a single picture.
+        """
+        shown = Progress.of(progress)
+        with self._out_of_memory(request):
+            text = self.encode_text(request.texts)
+            image_prompt, routing = self._image_prompt(request)
+        at, count = 0, min(request.options.at_once or len(request), len(request))
+        whole = 0  # pictures of the last part; the program is compiled for so many
+        while at < len(request):
+            numbers = list(range(at, min(at + count, len(request))))
+            padded = numbers + numbers[-1:] * (whole - len(numbers))
+            try:
+                with self._out_of_memory(request, raw=len(padded) > 1):
+                    part = self._part(request, padded, text, image_prompt, routing, shown)
+            except OutOfMemory:
+                count, whole = (len(padded) + 1) // 2, 0
+                continue
+            at, whole = at + len(numbers), len(padded)
+            yield _first(part, len(numbers))
+
+    def _part(
+        self,
+        request: Request,
+        pictures: Sequence[int],
+        text: TextCondition,
+        image_prompt: ImagePrompt | None,
+        routing: np.ndarray | None,
+        shown: Progress,
+    ) -> Generation:
+        """Some pictures of a call, by their numbers in it."""
+        if image_prompt is not None:
+            image_prompt = image_prompt._replace(words=request.words(image_prompt.words, pictures))
+        conditions = Conditions(request.text(text, pictures), image_prompt)
+        made = generate(self.parts, conditions, request.latents(pictures), request.options, shown)
+        found = np.asarray(made.pictures)
+        if not np.isfinite(found).all():
             self._blame_nan()
         return Generation(
-            images=[Image.fromarray(images.to_uint8(p)) for p in pictures],
-            prompts=[p for p in prompts for _ in range(each)],
-            seeds=None if seeds is None else seeds * len(prompts),
+            images=[Image.fromarray(images.to_uint8(p)) for p in found],
+            prompts=[request.prompts[k // request.each] for k in pictures],
+            seeds=None if request.seeds is None else [request.seeds[k % request.each] for k in pictures],
             routing=routing,
-            options=used,
-            settings=_settings(prompt, used, subjects, mode, routing, made.reused),
-            warnings=notes,
+            options=request.options,
+            settings=_settings(request, routing, made.reused),
+            warnings=request.notes,
         )
 
     def encode_text(self, prompts: Sequence[str]) -> TextCondition:
@@ -215,47 +233,31 @@ class DynaIPPipeline:
         with on_mesh(self.mesh):
             return make_image_prompt(self.family, config, self._params["clip_vision"], params, pixels, options)
 
-    def _image_prompt(
-        self, subjects: Subjects, mode: str, used: SampleOptions, prompts: Sequence[str], each: int
-    ) -> tuple[ImagePrompt | None, np.ndarray | None]:
-        """The image prompt of `each` pictures of each prompt, and the routing weights `[s, 3]`; None without references."""
-        if not subjects.references:
+    def _image_prompt(self, request: Request) -> tuple[ImagePrompt | None, np.ndarray | None]:
+        """The image prompt of all pictures, or one with words of each prompt, and routing weights `[s, 3]`; None without references."""
+        references = request.subjects.references
+        if not references:
             return None, None
-        where = places(self.family, self.tokenizers, prompts, each, subjects, mode, _size(used))
         size = self.family.config("clip_vision").image_size
-        pixels = reference_pixels(subjects.references, size, used.fit)[None]
-        image_prompt, weights = self.image_prompt(pixels, **adapter_options(used, **where))
-        return image_prompt, np.asarray(weights[0]).reshape(len(subjects.references), -1, 3).mean(axis=1)
+        pixels = reference_pixels(references, size, request.options.fit)[None]
+        image_prompt, weights = self.image_prompt(pixels, **adapter_options(request.options, **request.where))
+        return image_prompt, np.asarray(weights[0]).reshape(len(references), -1, 3).mean(axis=1)
 
-    def _check(self, subjects: Subjects, options: SampleOptions) -> str:
-        """Where subjects may appear. Raises `UserError` for references without adapter, the reverse, and what does not fit them."""
-        if subjects.references and self.adapter is None:
-            raise UserError("`references`: no adapter is loaded; pass `adapter`, or leave the references out")
-        if self.adapter is not None and not subjects.references:
-            raise UserError("`adapter`: no reference picture to use it on; pass `references`, or leave the adapter out")
-        mode = subjects.regions(options.regions)
-        options.check_gains(len(subjects.references))
-        return mode
-
-    def _cut(self, prompts: Sequence[str], negative: str | None) -> list[str]:
-        """A line, also given as a warning, for each end of a prompt that an encoder does not see."""
-        notes = [
-            f"prompt: the {encoder} encoder takes no more; it does not see: {tail!r}"
-            for text in (*prompts, negative or "")
-            for encoder, tail in self.tokenizers.cut(text).items()
-        ]
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
-        return notes
-
-    def _text(self, prompts: list[str], negative: str | None, each: int) -> TextCondition:
-        """A row for all pictures of a single prompt, otherwise a row for each picture; then the negative prompt's as often."""
-        text = self.encode_text(prompts + ([negative] if negative is not None else []))
-        if len(prompts) == 1:
-            return text
-        rows = [p for p in range(len(prompts)) for _ in range(each)]
-        order = np.array(rows + [len(prompts)] * (len(rows) if negative is not None else 0))
-        return jax.tree.map(lambda x: x[order], text)
+    @contextlib.contextmanager
+    def _out_of_memory(self, request: Request, *, raw: bool = False) -> Iterator[None]:
+        """Too little memory in the block is a `UserError` that says what helps, or with `raw` stays an `OutOfMemory`."""
+        try:
+            with memory.watched():
+                yield
+        except OutOfMemory as e:
+            if raw:
+                raise
+            height, width = request.size
+            in_host = {x.sharding.memory_kind for x in jax.tree.leaves(self._params[self.family.text_encoders[0]])}
+            raise UserError(
+                f"out of memory for one picture of {width} x {height} pixels ({e}); expected less; take a smaller `height` and "
+                f"`width`, or {remedies(self.family, 'pinned_host' in in_host)}"
+            ) from e
 
     def _blame_nan(self) -> None:
         trees = dict(self.params) | ({"adapter": self.adapter[1]} if self.adapter else {})
@@ -273,83 +275,34 @@ class DynaIPPipeline:
         )
 
 
-def changed(options: SampleOptions, changes: Mapping[str, Any]) -> SampleOptions:
-    """`options` with `changes` by name. Raises `UserError` for a name that is no option."""
-    names = {f.name for f in dataclasses.fields(SampleOptions)}
-    if unknown := sorted(changes.keys() - names):
-        raise UserError(f"`{unknown[0]}`: no such option; expected some of {', '.join(sorted(names))}")
-    return dataclasses.replace(options, **changes)
+def _first(part: Generation, count: int) -> Generation:
+    """The first pictures of a part."""
+    if count == len(part.images):
+        return part
+    seeds = None if part.seeds is None else part.seeds[:count]
+    return dataclasses.replace(part, images=part.images[:count], prompts=part.prompts[:count], seeds=seeds)
 
 
-def initial_noise(
-    noise: np.ndarray | None, options: SampleOptions, latent: tuple[int, int, int]
-) -> tuple[np.ndarray, list[int] | None]:
-    """Initial latents `[b, *latent]`, as given or drawn from the seeds, and those seeds."""
-    if noise is None:
-        seeds = options.seeds()
-        return np.stack([np.asarray(jax.random.normal(jax.random.key(s), latent)) for s in seeds]), seeds
-    if options.seed is not None or options.num_images is not None:
-        raise UserError("`noise`: it fixes what `seed` and `num_images` would choose; pass either")
-    noise = np.asarray(noise)
-    if noise.ndim != 4 or noise.shape[1:] != latent or noise.shape[0] < 1 or noise.dtype.kind != "f":
-        expected = f"[b, {', '.join(map(str, latent))}]"
-        raise UserError(
-            f"`noise`: found {noise.dtype} {list(noise.shape)}; expected floats {expected} for this size of picture"
-        )
-    if not np.isfinite(noise).all():
-        raise UserError("`noise`: holds NaN or infinity; expected finite numbers")
-    return noise.astype(np.float32), None
+def _joined(request: Request, parts: Sequence[Generation]) -> Generation:
+    """The parts of a call as one; of steps from the cache, the fewest."""
+    settings = dict(parts[0].settings)
+    if "cached_steps" in settings:
+        settings["cached_steps"] = min(part.settings["cached_steps"] for part in parts)
+    return dataclasses.replace(
+        parts[0],
+        images=[image for part in parts for image in part.images],
+        prompts=[text for part in parts for text in part.prompts],
+        seeds=None if request.seeds is None else [seed for part in parts for seed in part.seeds or ()],
+        settings=settings,
+    )
 
 
-def read_adapter_config(path: str | Path, bundle: Bundle, family: Family, any_base: bool) -> DynaIPConfig:
-    """The config of the adapter in a folder. Raises `UserError` if it was made for another base or another CLIP."""
-    manifest = read_adapter_manifest(path, base=bundle, any_base=any_base)
-    try:
-        config = from_dict(DynaIPConfig, manifest["config"])
-    except (TypeError, ValueError, KeyError) as e:
-        raise UserError(f"`adapter` {path}: config in adapter.json: {e}; export the adapter again") from e
-    vision = family.config("clip_vision")
-    if vision.hidden_size != config.hmoe.clip_width or max(config.hmoe.levels) > vision.num_hidden_layers:
-        raise UserError(
-            f"`adapter` {path}: needs a CLIP of width {config.hmoe.clip_width} with layers {config.hmoe.levels}"
-            f"{' (openai/clip-vit-large-patch14)' if config.hmoe.clip_width == 1024 else ''}; the model's has width "
-            f"{vision.hidden_size} and {vision.num_hidden_layers} layers; convert the model again with that --clip-vision"
-        )
-    sites = family.sites
-    for name, value in (
-        ("depth", sites.double), ("depth_single_blocks", sites.single), ("num_heads", sites.heads), ("head_dim", sites.head_dim),
-    ):  # fmt: skip
-        if getattr(config, name) != value:
-            raise UserError(
-                f"`adapter` {path}: made for {name} {getattr(config, name)}; the model has {value}; use its own base"
-            )
-    return config
-
-
-def _read_params(bundle: Bundle, family: Family, targets: Callable[[Any], Any], offload_text: bool) -> dict[str, Any]:
-    """Every component of the family, where it belongs."""
-    in_host = {family.text_encoders[0]} if offload_text else set()
-    if family.compute("transformer").weights != "full":
-        in_host.add("transformer")  # until its weights are rounded, one after the other
-    params = {}
-    for name, _ in family.configs:
-        target = targets(family.abstract_params(name, boxed=True))
-        params[name] = bundle.load(name, on_host(target) if name in in_host else target)
-    params["transformer"] = quantized(family, params["transformer"])
-    return params
-
-
-def _size(options: SampleOptions) -> tuple[int, int]:
-    """Height and width of filled options."""
-    assert options.height is not None and options.width is not None
-    return options.height, options.width
-
-
-def _settings(
-    prompt: Any, used: SampleOptions, subjects: Subjects, mode: str, routing: np.ndarray | None, reused: int | None
-) -> dict[str, Any]:
+def _settings(request: Request, routing: np.ndarray | None, reused: int | None) -> dict[str, Any]:
     """What a PNG file says of how it was made."""
-    settings = dict(prompt=prompt) | {name: getattr(used, name) for name in ("steps", "guidance", "height", "width")}
+    used = request.options
+    settings = dict(prompt=request.prompt) | {
+        name: getattr(used, name) for name in ("steps", "guidance", "height", "width")
+    }
     if used.true_cfg is not None:
         settings |= dict(negative_prompt=used.negative_prompt, true_cfg=used.true_cfg)
     if reused is not None:
@@ -357,5 +310,5 @@ def _settings(
     if routing is not None:
         names = ("image_scale", "text_gain", "granularity", "merge", "image_start", "image_end", "fit")
         settings |= {name: getattr(used, name) for name in names}
-        settings |= dict(words=list(subjects.words), regions=mode, routing=routing.round(4).tolist())
+        settings |= dict(words=list(request.subjects.words), regions=request.mode, routing=routing.round(4).tolist())
     return settings

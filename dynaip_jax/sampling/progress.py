@@ -1,12 +1,15 @@
-"""Progress of compiled loops: the program reports each step, and whoever started it is told."""
+"""Progress of a generation: what it is doing, and each step, which the compiled program itself reports."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import jax
+
+from dynaip_jax.tasks import task
 
 Watcher = Callable[[], object]
 _watchers: dict[
@@ -36,13 +39,30 @@ def watching(watcher: Watcher | None) -> Iterator[int | None]:
         del _watchers[ticket]
 
 
-@contextlib.contextmanager
-def bar(steps: int, show: bool) -> Iterator[Watcher | None]:
-    """A watcher that shows a bar over `steps` on the terminal; None unless `show`."""
-    if not show:
-        yield None
-        return
-    from tqdm import tqdm
+@dataclass(frozen=True)
+class Progress:
+    """What is told of a generation: with `show`, its phases and a count of steps on stderr; `step` is called at each step."""
 
-    with tqdm(total=steps, desc="denoising", unit="step") as shown:
-        yield shown.update
+    show: bool = False
+    step: Watcher | None = None
+
+    @classmethod
+    def of(cls, asked: bool | Watcher) -> Progress:
+        """`asked`: whether to show it, or what to call at each step."""
+        return cls(step=asked) if callable(asked) else cls(show=bool(asked))
+
+    def doing(self, text: str) -> contextlib.AbstractContextManager[object]:
+        """The block is a phase of its own."""
+        return task(text, show=self.show)
+
+    @contextlib.contextmanager
+    def denoising(self, steps: int) -> Iterator[Watcher | None]:
+        """What is to be called at each of the steps, if anything."""
+        if not self.show:
+            yield self.step
+            return
+        with task("denoising", steps) as count:
+            yield count
+
+
+SILENT = Progress()

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dynaip_jax import images
+from dynaip_jax.interrupts import finishing
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default, world
 from dynaip_jax.shapeland.measure import evaluate, table
@@ -28,8 +29,8 @@ Panels = dict[str, np.ndarray]  # label -> uint8 [H, W, 3]
 Painter = Callable[..., np.ndarray]  # (prompt, *references, **options of sampling) -> uint8 [H, W, 3]
 
 
-def draw(output: Path, reference: Path | None = None, prompt: str | None = None, *, overwrite: bool) -> None:
-    """Writes the figure: with references out of Shapeland, or with your own `reference` and `prompt` (pass both)."""
+def draw(output: Path, reference: Path | None = None, prompt: str | None = None, *, overwrite: bool) -> images.Kept:
+    """Writes the figure: with references out of Shapeland, or with your own `reference` and `prompt` (pass both). Says where."""
     if reference is not None and prompt is not None:
         first, prompts = images.load_image(reference), [prompt]
     else:
@@ -40,7 +41,9 @@ def draw(output: Path, reference: Path | None = None, prompt: str | None = None,
     rows.append((f"granularity: {prompts[0]}", levels | {"router (default)": rows[0][1]["DDS on (default)"]}))
     if reference is None:
         rows.append((TWO, _two_subjects(picture, first, _reference(*SUBJECTS[1]))))
-    images.save_png(_figure(rows), output, dict(rows=[[text, *panels] for text, panels in rows]), overwrite=overwrite)
+    settings = dict(rows=[[text, *panels] for text, panels in rows])
+    with finishing():
+        return images.keep_png(_figure(rows), output, settings, overwrite=overwrite)
 
 
 def measures() -> str:
@@ -50,7 +53,7 @@ def measures() -> str:
     rows = [
         row
         for s, names in MEASURED.items()
-        for row in evaluate(pipe, judge, names, [s], num=CASES, calibrations=calibrations)
+        for row in evaluate(pipe, judge, names, [s], num=CASES, progress=True, calibrations=calibrations)
     ]
     return f"The judge on true renders:\n\n{judge_table(calibrations)}\n\n{table(rows)}"
 

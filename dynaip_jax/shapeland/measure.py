@@ -6,14 +6,15 @@ A *case* is a prompt, a close view of each of its subjects, and noise; all rows 
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.eval import tables
 from dynaip_jax.eval.tables import Row, make_row
+from dynaip_jax.interrupts import at_stake
+from dynaip_jax.sampling.opening import Described
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland.cases import batches, make_cases
@@ -21,6 +22,7 @@ from dynaip_jax.shapeland.draw import draw
 from dynaip_jax.shapeland.scoring import Calibration, calibrate, scores
 from dynaip_jax.shapeland.settings import ROWS, SUBJECTS, Setting
 from dynaip_jax.shapeland.world import SIZE
+from dynaip_jax.tasks import task
 
 
 def evaluate(
@@ -39,11 +41,16 @@ def evaluate(
     `calibrations`: of the judge by number of subjects, from `calibrate`; one that is missing is made.
     Raises `UserError` for rows that do not fit the pipeline.
     """
-    names = check(pipe, rows, subjects)
+    names = check(pipe.model, rows, subjects)
     jobs = [(s, [name for name in names if s in ROWS[name].subjects]) for s in dict.fromkeys(subjects)]
     sampled = sum(ROWS[name].sampled for _, names in jobs for name in names)
-    measured = []
-    with _bar(sampled * len(list(batches(num))), progress) as done:
+    measured: list[Row] = []
+
+    def lost() -> str:
+        total = sum(len(names) for _, names in jobs)
+        return f"{len(measured)} of {total} rows were measured, and are lost"
+
+    with task("sampling", sampled * len(list(batches(num))), "batch", progress) as done, at_stake(lost):
         for s, names in jobs:
             if not names:
                 continue
@@ -55,20 +62,20 @@ def evaluate(
     return measured
 
 
-def check(pipe: DynaIPPipeline, rows: Sequence[str] | None, subjects: Sequence[int]) -> list[str]:
-    """The names of `rows`, or of all that `pipe` can do. Raises `UserError` for what it cannot."""
-    height, width = (pipe.defaults[k] for k in ("height", "width"))
+def check(model: Described, rows: Sequence[str] | None, subjects: Sequence[int]) -> list[str]:
+    """The names of `rows`, or of all that `model` can do, whose weights are not needed. Raises `UserError` for what it cannot."""
+    height, width = (model.defaults[k] for k in ("height", "width"))
     if (height, width) != (SIZE, SIZE):
         raise UserError(
-            f"`model` {pipe.bundle.path}: draws {width} x {height} pixels; expected a model of Shapeland, {SIZE} x {SIZE}; "
+            f"`model` {model.bundle.path}: draws {width} x {height} pixels; expected a model of Shapeland, {SIZE} x {SIZE}; "
             "leave `model` out"
         )
     if rows is None:
-        return [name for name, setting in ROWS.items() if _lacks(pipe, setting) is None]
+        return [name for name, setting in ROWS.items() if _lacks(model, setting) is None]
     for name in rows:
         if name not in ROWS:
             raise UserError(f"`rows` {name}: no such row; expected some of {', '.join(ROWS)}")
-        lack = _lacks(pipe, ROWS[name])
+        lack = _lacks(model, ROWS[name])
         if lack is not None:
             raise UserError(f"`rows` {name}: {lack}")
         if not set(ROWS[name].subjects) & set(subjects):
@@ -89,27 +96,15 @@ def table(rows: Sequence[Row]) -> str:
     return tables.table(rows, {name: setting.asks for name, setting in ROWS.items()})
 
 
-def _lacks(pipe: DynaIPPipeline, setting: Setting) -> str | None:
-    """Why `pipe` cannot do a row; None if it can."""
+def _lacks(model: Described, setting: Setting) -> str | None:
+    """Why `model` cannot do a row; None if it can."""
     if setting.source != "adapter":
         return None
-    if pipe.adapter is None:
+    if model.adapter is None:
         return "needs an adapter, and none is loaded; pass `adapter` DIR"
-    if setting.double_only and pipe.adapter[0].blocks != "all":
+    if setting.double_only and model.adapter.blocks != "all":
         return "this adapter has no injection into single blocks that could be left out; leave the row out"
     return None
-
-
-@contextlib.contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[], object]]:
-    """A bar over `total` batches if `show`. Its value is to be called after each batch."""
-    if not show:
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="sampling", unit="batch") as bar:
-        yield bar.update
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import OutOfMemory, UserError, out_of_memory
 from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.storage.folders import AnyPath, as_path, copy_file, copy_tree, replacing
 from dynaip_jax.storage.manifest import BUNDLE_FILE, MANIFESTS, fingerprint, flatten, read_manifest, write_manifest
@@ -118,6 +118,8 @@ class Bundle:
         except UserError:
             raise
         except (ValueError, KeyError, OSError, TypeError, RuntimeError, AttributeError) as e:
+            if out_of_memory(e):
+                raise OutOfMemory(str(e)[:160]) from e
             raise UserError(
                 f"{folder}: cannot be read ({str(e)[:160]}); expected whole weights of {name}; {advice}"
             ) from e

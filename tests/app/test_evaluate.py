@@ -6,6 +6,7 @@ import re
 import pytest
 
 from dynaip_jax.shapeland import default, scoring
+from dynaip_jax.storage.bundle import Bundle
 from tests.shapeland.models import make_judge, make_model
 
 KEYS = {"name", "subjects", "n", "cp", "pf", "cp_pf", "cp_ci", "pf_ci", "cp_pf_ci"}
@@ -77,6 +78,7 @@ CASES = {
     ),
     "four subjects": ("--subjects 4", "--subjects.*invalid choice: 4"),
     "no cases": ("--num 0", "--num 0: expected at least 1"),
+    "too many cases": ("--num 1000000000", "--num 1000000000: expected at least 1, and at most"),
     "seed": ("--seed -1", "--seed -1: expected a number from 0"),
     "no weights": ("--model {bundle} --judge /nowhere", "/nowhere"),
     "no bundle": ("--model /nowhere --judge {judge}", "--model /nowhere"),
@@ -87,7 +89,8 @@ CASES = {
 }
 
 
-def test_bad_options_get_one_line(dynaip, model, judge_file):
+def test_bad_options_get_one_line(dynaip, model, judge_file, monkeypatch):
+    monkeypatch.setattr(Bundle, "load", lambda *_, **__: pytest.fail("weights were read"))
     for name, (options, expected) in CASES.items():
         words = options.format(bundle=model[0], adapter=model[1], judge=judge_file).split()
         status, stdout, stderr = dynaip("evaluate", "shapeland", *words)

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +13,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from dynaip_jax.app import sample
+from dynaip_jax.errors import UserError
 from dynaip_jax.images.files import read_settings
+from dynaip_jax.sampling import opening, pipeline
+from dynaip_jax.storage.bundle import Bundle
 
 SMALL = ("--steps", 2, "--height", 32, "--width", 32)
 
@@ -248,3 +255,93 @@ def test_any_base_is_an_answer_to_a_foreign_fingerprint(dynaip, broken, tiny, ph
         "--output", tmp_path / "o.png", *SMALL,
     )  # fmt: skip
     assert status == 0, stderr
+
+
+EARLY = (
+    "--steps 0", "--height 63", "--seed -1", "--num-images 0", "--num-images 1000000000", "--image-scale nan",
+    "--granularity 0 0 0", "--image-start 1", "--mask {missing.png}", "--mask {tall.png} --mask {tall.png}",
+    "--regions none --subject {good}=fish", "--cache-threshold -1", "--true-cfg inf", "--guidance 1e38", "--noise {nan.npy}",
+    "--mesh tensor=99", "--output {empty}/no/x.png", "--output {empty}/x.png/", "--at-once 0",
+)  # fmt: skip
+
+
+def test_what_cannot_be_is_known_before_weights_are_read(dynaip, broken, tiny, photograph, tmp_path, monkeypatch):
+    monkeypatch.setattr(Bundle, "load", lambda *_, **__: pytest.fail("weights were read"))
+    given = ["--model", tiny[0], "--adapter", tiny[1], "--prompt", "a cup", "--output", tmp_path / "o.png", *SMALL]
+    for words in EARLY:
+        options = [_fill(word, broken, photograph) for word in words.split()]
+        status, _, stderr = dynaip("sample", *given, "--reference", photograph, *options)
+        assert (status, len(stderr.splitlines())) == (2, 1) and options[0] in stderr + words, f"{words}: {stderr}"
+
+
+def test_pictures_are_saved_as_they_are_done(dynaip, tiny, tmp_path, monkeypatch):
+    """The second part fails; the first is there, and named."""
+    made, generate = [], pipeline.generate
+
+    def once(*args):
+        if made:
+            raise UserError("no more")
+        made.append(1)
+        return generate(*args)
+
+    monkeypatch.setattr(pipeline, "generate", once)
+    options = ("--prompt", "a cup", "--num-images", 3, "--at-once", 2, *SMALL)
+    status, stdout, stderr = dynaip("sample", "--model", tiny[0], "--output", tmp_path / "o.png", *options)
+    assert (status, stderr) == (2, "error: no more\n")
+    assert stdout.split() == [str(tmp_path / f"o_{k}.png") for k in range(2)]
+    assert [read_settings(tmp_path / f"o_{k}.png")["seed"] for k in range(2)] == [0, 1]
+
+
+def test_pictures_that_cannot_be_written_where_they_should_lie_elsewhere(dynaip, tiny, tmp_path, monkeypatch):
+    """Another process takes one of the names while the pictures are made."""
+    read = opening.Opened.read
+
+    def late(opened):
+        (tmp_path / "o_1.png").write_text("another's")
+        return read(opened)
+
+    monkeypatch.setattr(opening.Opened, "read", late)
+    options = ("--prompt", "a cup", "--num-images", 2, *SMALL)
+    status, stdout, stderr = dynaip("sample", "--model", tiny[0], "--output", tmp_path / "o.png", *options)
+    assert status == 1 and [name.rpartition("/")[2] for name in stdout.split()] == ["o_0.png", "o_1-1.png", "o.png"]
+    assert re.fullmatch(
+        r"warning: .*/o_1.png: cannot be written \(.*exists already.*\); saved as .*/o_1-1.png\n", stderr
+    )
+    assert (tmp_path / "o_1.png").read_text() == "another's" and read_settings(tmp_path / "o_1-1.png")["seed"] == 1
+
+
+def test_nobody_needs_to_read_the_names(tiny, tmp_path):
+    """As with `| head -1`: the pipe is closed after the first name."""
+    command = [sys.executable, "-m", "dynaip_jax.app.main", "sample", "--model", tiny[0], "--prompt", "a cup", *SMALL]
+    options = ["--num-images", 3, "--output", tmp_path / "o.png"]
+    with subprocess.Popen(
+        [*map(str, command + options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as made:
+        made.stdout.close()
+        error = made.stderr.read()
+    assert (made.returncode, error) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.png", "o_0.png", "o_1.png", "o_2.png"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_while_denoising(tiny, tmp_path, number, status):
+    """The first picture is saved; the second is left at once, and said to be lost."""
+    command = [sys.executable, "-m", "dynaip_jax.app.main", "sample", "--model", tiny[0], "--prompt", "a cup"]
+    options = ["--num-images", 2, "--at-once", 1, "--output", tmp_path / "o.png", "--steps", 600, *SMALL[2:]]
+    made = subprocess.Popen([*map(str, command + options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert made.stdout.readline() == f"{tmp_path / 'o_0.png'}\n", made.stderr.read()
+    time.sleep(0.5)
+    began = time.monotonic()
+    made.send_signal(number)
+    stdout, stderr = made.communicate(timeout=30)
+    assert time.monotonic() - began < 5 and (made.returncode, stdout) == (status, "")
+    assert stderr.strip() == f"{'interrupted' if status == 130 else 'terminated'}; 1 of 2 pictures are lost"
+    assert [path.name for path in tmp_path.iterdir()] == ["o_0.png"]
+    assert read_settings(tmp_path / "o_0.png")["seed"] == 0
+
+
+def test_a_grid_of_many_pictures_is_of_smaller_ones(dynaip, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "GRID_PIXELS", 32 * 32)
+    options = ("--prompt", "a cup", "--num-images", 4, *SMALL)
+    assert dynaip("sample", "--model", tiny[0], "--output", tmp_path / "o.png", *options)[0] == 0
+    assert Image.open(tmp_path / "o_3.png").size == (32, 32) and Image.open(tmp_path / "o.png").size == (32, 32)

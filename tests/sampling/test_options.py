@@ -1,6 +1,7 @@
 """`SampleOptions`: written down once, checked where they are made, filled from the model's defaults."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -31,12 +32,56 @@ def test_every_option_says_what_it_is():
         (dict(granularity=(1, -1, 0)), "non-negative"),
         (dict(granularity=(1, 1)), "three non-negative"),
         (dict(image_start=0.8, image_end=0.2), "`image_start` 0.8 `image_end` 0.2"),
+        (dict(steps=4.0), "`steps` 4.0: expected a whole number"),
+        (dict(steps=True), "`steps` True .bool.: expected a whole number"),
+        (dict(height=64.0), "`height` 64.0: expected a whole number"),
+        (dict(seed="3"), "`seed` 3: expected a whole number"),
+        (dict(seed=[1, 2]), "`seed` .1, 2. .list.: expected a whole number"),
+        (dict(num_images=10**9), "`num_images` 1000000000: expected at most 10000"),
+        (dict(steps=10**5000), "`steps` .*: expected at most 10000"),
+        (dict(width=10**6), "`width` 1000000: expected at most 16384"),
+        (dict(at_once=0), "`at_once` 0: expected at least 1"),
+        (dict(true_cfg=float("nan")), "`true_cfg` nan: expected a finite number"),
+        (dict(true_cfg=float("inf")), "`true_cfg` inf: expected a finite number"),
+        (dict(guidance=1e38), "`guidance` 1e[+]38: expected a finite number, at most 1e[+]06 in size"),
+        (dict(guidance="3"), "`guidance` 3: expected a number"),
+        (dict(guidance=np.ones(2)), "`guidance` .*ndarray.*: expected a number"),
+        (dict(image_scale=float("nan")), "`image_scale` nan: expected a finite number"),
+        (dict(image_scale=[]), "`image_scale`: 0 numbers; expected at least one"),
+        (dict(image_scale=[[1, 2], [3, 4]]), "`image_scale` .*: expected one number, or one for each reference"),
+        (dict(image_scale=None), "`image_scale` None: expected a value, such as 1.0"),
+        (dict(image_scale=dict(a=1)), "`image_scale` .*dict.*: expected a number"),
+        (dict(granularity=3.0), "`granularity` 3.0: expected three non-negative numbers"),
+        (dict(granularity=[1e38, 2e38, 3e38]), "`granularity` 1e[+]38: expected a finite number"),
+        (dict(granularity=[1, [0, 0], 0]), "`granularity` .*: expected three non-negative numbers"),
+        (dict(granularity="abc"), "`granularity` abc: expected a number"),
+        (dict(image_start="0"), "`image_start` 0: expected a number"),
+        (dict(image_end=float("nan")), "`image_end` nan"),
+        (dict(negative_prompt=["a", "b"]), "`negative_prompt` .*list.*: expected text"),
+        (dict(merge=["sum"]), "`merge` .*list.*: expected text"),
+        (dict(fit=None), "`fit` None: expected a value, such as pad"),
     ],
 )
 def test_a_value_out_of_range_is_named(change, message):
     with pytest.raises(UserError, match=message) as error:
         SampleOptions(**change)
     assert error.value.field == next(iter(change))
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """So that they can be written as JSON, and compare and hash as options do."""
+    given = dict(seed=np.int64(5), steps=np.uint8(3), image_scale=np.float32(0.5), guidance=np.array(2.0))
+    options = SampleOptions(**given, granularity=np.array([1.0, 0, 0], np.float32), text_gain=np.array(0.25))
+    plain = SampleOptions(seed=5, steps=3, image_scale=0.5, guidance=2.0, granularity=(1.0, 0.0, 0.0), text_gain=0.25)
+    assert options == plain and hash(options) == hash(plain)
+    assert json.loads(json.dumps(dataclasses.asdict(options))) == json.loads(json.dumps(dataclasses.asdict(plain)))
+
+
+def test_rows_of_granularity_are_one_or_one_a_reference():
+    options = SampleOptions(granularity=[[1, 0, 0], [0, 1, 0]])
+    options.check_gains(2)
+    with pytest.raises(UserError, match="`granularity`: 2 rows; expected one, or one for each of 1 references"):
+        options.check_gains(1)
 
 
 def test_what_stays_none_takes_the_models_defaults():

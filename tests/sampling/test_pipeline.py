@@ -1,6 +1,7 @@
 """The pipeline on the embedded tiny model: what each option does, and what it must not do."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -10,9 +11,10 @@ import pytest
 from PIL import Image
 
 from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import OutOfMemory, UserError
 from dynaip_jax.families.quantize import quantized
-from dynaip_jax.sampling import pipeline
+from dynaip_jax.runtime import memory
+from dynaip_jax.sampling import denoise, opening, pipeline
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.adapter import write_adapter
@@ -223,7 +225,7 @@ def test_eight_bit_weights_draw_about_the_same(tiny, pipe, weights, monkeypatch)
         assert {x.sharding.memory_kind for x in jax.tree.leaves(params)} == {"pinned_host"}
         return quantized(family, params)
 
-    monkeypatch.setattr(pipeline, "quantized", from_the_host)
+    monkeypatch.setattr(opening, "quantized", from_the_host)
     small = DynaIPPipeline.load(*tiny, weights=weights, offload_text=True)
     size = {p: sum(x.nbytes for x in jax.tree.leaves(p.params["transformer"]["double_blocks"])) for p in (pipe, small)}
     assert {x.sharding.memory_kind for x in jax.tree.leaves(small.params["transformer"])} == {"device"}
@@ -326,3 +328,108 @@ def test_options_are_given_together_or_by_name(pipe):
     assert result.options.image_scale == 0.5 and result.options.merge == "sum" and result.prompts == ["a cat"]
     with pytest.raises(UserError, match="`stpes`: no such option; expected some of cache_threshold"):
         pipe("a cat", photographs()[:1], stpes=3)
+
+
+def arrays(result):
+    return [np.asarray(image, int) for image in result.images]
+
+
+@pytest.mark.parametrize("prompts", ["a cat and a cup", ["a cat and a cup", "a cup, then a cat"]])
+def test_pictures_of_a_call_in_parts_are_those_of_the_whole(pipe, prompts):
+    options = SIZE | dict(
+        num_images=5 if isinstance(prompts, str) else 3, seed=2, negative_prompt="dull", words=["cat", "cup"]
+    )
+    whole = pipe(prompts, photographs(), **options)
+    parts = list(pipe.draw(pipe.request(prompts, photographs(), at_once=2, **options)))
+    assert [len(part.images) for part in parts] == ([2, 2, 1] if isinstance(prompts, str) else [2, 2, 2])
+    assert [seed for part in parts for seed in part.seeds] == whole.seeds
+    assert [text for part in parts for text in part.prompts] == whole.prompts
+    for found, expected in zip((a for part in parts for a in arrays(part)), arrays(whole), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1)
+    joined = pipe(prompts, photographs(), at_once=2, **options)
+    assert joined.seeds == whole.seeds and joined.settings == whole.settings and len(joined.images) == len(whole.images)
+
+
+def test_a_part_is_given_before_the_next_is_made(base):
+    steps = []
+    parts = base.draw(base.request("a cat", num_images=2, at_once=1, **SIZE), lambda: steps.append(1))
+    assert next(parts).seeds == [0] and len(steps) == SIZE["steps"]
+    assert next(parts).seeds == [1] and len(steps) == 2 * SIZE["steps"]
+
+
+def test_pictures_are_as_many_at_once_as_the_memory_holds(base, monkeypatch):
+    asked = []
+
+    def check(program):
+        asked.append(program)
+        if len(asked) < 3:  # five at once, then three
+            raise OutOfMemory("too much")
+
+    monkeypatch.setattr(memory, "check_fits", check)
+    options = SIZE | dict(num_images=5)
+    parts = list(base.draw(base.request("a cat", **options)))
+    assert [len(part.images) for part in parts] == [2, 2, 1]
+
+
+def test_too_little_memory_says_what_was_asked_and_what_helps(base, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(UserError) as error:
+        base("a cat", num_images=3, **SIZE)
+    text = str(error.value)
+    assert re.search(
+        r"one picture of 48 x 32 pixels \(\d.* GiB are needed beside the weights, 0.0 GiB are free\)", text
+    )
+    assert "`height` and `width`" in text and "`weights` int8, `offload_text`" in text and "`mesh`" in text
+
+
+def test_the_systems_own_error_of_memory_is_told_too(base, monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(denoise, "decode", refuse)
+    with pytest.raises(UserError, match="out of memory for one picture .*allocating 99 bytes"):
+        base("a cat", num_images=2, **SIZE)
+    monkeypatch.setattr(pipeline, "encode_text", refuse)
+    with pytest.raises(UserError, match="out of memory"):
+        base("a cat", **SIZE)
+
+
+def test_pictures_are_decoded_in_halves_where_the_memory_needs_it(base, monkeypatch):
+    whole, decode, sizes = arrays(base("a cat", num_images=3, **SIZE)), denoise.decode, []
+
+    def small(family, params, latents):
+        sizes.append(len(latents))
+        if len(latents) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return decode(family, params, latents)
+
+    monkeypatch.setattr(denoise, "decode", small)
+    for found, expected in zip(arrays(base("a cat", num_images=3, **SIZE)), whole, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1)
+    assert sizes == [3, 1, 2, 1, 1]
+
+
+def test_weights_that_the_memory_does_not_hold(tiny, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", refuse)
+    with pytest.raises(
+        UserError, match="weights do not fit into memory .*99 bytes.*try `weights` int8, `offload_text`"
+    ):
+        DynaIPPipeline.load(tiny[0])
+
+
+def test_phases_are_shown_and_what_made_it_compile_again(base, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    options = dict(steps=5, height=48, width=48)
+    base("a cat", progress=True, **options)
+    shown = capsys.readouterr().err
+    for phase in ("compiling", "denoising", "5/5", "decoding"):
+        assert phase in shown
+    base("a cat", progress=True, **options)
+    assert "compiling" not in capsys.readouterr().err
+    base("a cat", progress=True, **options | dict(steps=6))
+    assert "compiling again: steps 5 -> 6 [" in capsys.readouterr().err

@@ -1,9 +1,10 @@
 """`dynaip demo` with a drawing of your own."""
 
+import numpy as np
 from PIL import Image
 
 from dynaip_jax.images.files import read_settings
-from dynaip_jax.shapeland import world
+from dynaip_jax.shapeland import demo, world
 
 
 def test_a_drawing_of_ones_own(dynaip, tmp_path):
@@ -17,3 +18,11 @@ def test_a_drawing_of_ones_own(dynaip, tmp_path):
     assert rows[0] == [prompt, "reference", "text only", "DDS off", "DDS on (default)"] and len(rows) == 2
     status, _, stderr = dynaip(*command, "--overwrite")
     assert status == 2 and "--reference: given without --prompt" in stderr
+
+
+def test_a_figure_that_cannot_be_written_lies_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_painter", lambda: lambda *_, **__: np.zeros((64, 64, 3), np.uint8))
+    (tmp_path / "o.png").write_text("another's")
+    kept = demo.draw(tmp_path / "o.png", overwrite=False)
+    assert kept.path == tmp_path / "o-1.png" and "exists already" in kept.reason
+    assert (tmp_path / "o.png").read_text() == "another's"

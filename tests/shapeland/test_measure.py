@@ -62,4 +62,4 @@ def test_the_reference_gives_the_identity_and_the_prompt_is_kept(rows):
 def test_a_model_of_another_size_is_refused(pipe, monkeypatch):
     monkeypatch.setitem(pipe.bundle.manifest["defaults"], "width", 128)
     with pytest.raises(UserError, match="draws 128 x 64 pixels; expected a model of Shapeland, 64 x 64"):
-        check(pipe, None, (1,))
+        check(pipe.model, None, (1,))

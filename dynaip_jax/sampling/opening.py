@@ -1,0 +1,156 @@
+"""Models as their folders describe them: opened and checked at once, read later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dynaip_jax import choices
+from dynaip_jax.adapters.dynaip import DynaIPConfig, abstract_adapter_params
+from dynaip_jax.errors import OutOfMemory, UserError
+from dynaip_jax.families.base import Family
+from dynaip_jax.families.quantize import quantized, weights_model
+from dynaip_jax.families.registry import family_of, open_bundle
+from dynaip_jax.families.tokenizers import Tokenizers
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.runtime import memory
+from dynaip_jax.runtime.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device
+from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
+from dynaip_jax.storage.bundle import Bundle
+from dynaip_jax.storage.codec import from_dict
+
+
+class Described(NamedTuple):
+    """A base model and the config of an adapter for it, without weights: all that a call is checked against."""
+
+    bundle: Bundle
+    family: Family
+    tokenizers: Tokenizers
+    adapter: DynaIPConfig | None
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What options stand for that are left out."""
+        return MappingProxyType(self.bundle.manifest["defaults"])
+
+
+class Opened(NamedTuple):
+    """A model whose weights are still to be read: the `folder` of its adapter, and where they are to be."""
+
+    model: Described
+    folder: str | Path | None
+    mesh: Mesh | None
+    offload_text: bool
+
+    def read(self) -> tuple[dict[str, Any], Any]:
+        """The parameters of every component, and the adapter's (None without one). Raises `UserError` for files that are damaged or
+        of other sizes, and if the memory does not hold them."""
+        family = self.model.family
+        try:
+            with memory.watched():
+                params = self._components()
+                if self.folder is None or self.model.adapter is None:
+                    return params, None
+                boxed = abstract_adapter_params(self.model.adapter, family.compute("clip_vision"), boxed=True)
+                return params, read_adapter_weights(self.folder, self._target(boxed))
+        except OutOfMemory as e:
+            raise UserError(
+                f"{self.model.bundle.path}: its weights do not fit into memory ({e}); {self.remedies()}"
+            ) from e
+
+    def remedies(self) -> str:
+        """What makes weights smaller or shares them, of what is not done yet."""
+        return remedies(self.model.family, self.offload_text)
+
+    def _components(self) -> dict[str, Any]:
+        family, bundle = self.model.family, self.model.bundle
+        in_host = {family.text_encoders[0]} if self.offload_text else set()
+        if family.compute("transformer").weights != "full":
+            in_host.add("transformer")  # until its weights are rounded, one after the other
+        params = {}
+        for name, _ in family.configs:
+            target = self._target(family.abstract_params(name, boxed=True))
+            params[name] = bundle.load(name, on_host(target) if name in in_host else target)
+        params["transformer"] = quantized(family, params["transformer"])
+        return params
+
+    def _target(self, boxed: Any) -> Any:
+        return on_one_device(nn.meta.unbox(boxed)) if self.mesh is None else abstract(boxed, self.mesh)
+
+
+def open_model(
+    bundle: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    any_base: bool = False,
+    mesh: MeshConfig | None = None,
+    attention: str = "auto",
+    weights: str = "full",
+    offload_text: bool = False,
+) -> Opened:
+    """Opens a bundle and, if given, an adapter made for it; see `DynaIPPipeline.load`. Reads no weights.
+
+    Raises `UserError` if anything but the weights is not what it should be or does not fit together.
+    """
+    opened = open_bundle(bundle)
+    for name, value, allowed in (
+        ("dtype", dtype, (None, *choices.DTYPES)),
+        ("attention", attention, choices.KERNELS),
+        ("weights", weights, choices.WEIGHTS),
+        ("any_base", any_base, (False, True)),
+        ("offload_text", offload_text, (False, True)),
+    ):
+        if not isinstance(value, (str, bool, type(None))) or value not in allowed:
+            raise UserError(f"`{name}` {value}: expected one of {', '.join(str(x) for x in allowed if x is not None)}")
+    if not isinstance(mesh, (MeshConfig, type(None))):
+        raise UserError(f"`mesh` {mesh}: expected a MeshConfig, such as parse_mesh makes of data=2,fsdp=4")
+    kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    compute = Compute(dtype=kind, param_dtype=kind, attention=attention, weights=weights)
+    family = family_of(opened, compute, reference=adapter is not None)
+    weights_model(family)  # if it needs qwix and that is not here, says so before anything is read
+    config = None if adapter is None else read_adapter_config(adapter, opened, family, any_base)
+    if config is not None:
+        family = family.with_injection(config.injection)
+    grid = None if mesh is None else make_mesh(mesh)
+    tokenizers = family.load_tokenizers(opened.path / "tokenizers")
+    return Opened(Described(opened, family, tokenizers, config), adapter, grid, offload_text)
+
+
+def remedies(family: Family, offloaded: bool) -> str:
+    """What makes weights smaller or shares them, of what is not done yet."""
+    ways = [] if family.compute("transformer").weights != "full" else ["`weights` int8"]
+    ways += [] if offloaded else ["`offload_text`"]
+    return f"try {', '.join([*ways, 'or more devices'])} with `mesh`"
+
+
+def read_adapter_config(path: str | Path, bundle: Bundle, family: Family, any_base: bool) -> DynaIPConfig:
+    """The config of the adapter in a folder. Raises `UserError` if it was made for another base or another CLIP."""
+    manifest = read_adapter_manifest(path, base=bundle, any_base=any_base)
+    try:
+        config = from_dict(DynaIPConfig, manifest["config"])
+    except (TypeError, ValueError, KeyError) as e:
+        raise UserError(f"`adapter` {path}: config in adapter.json: {e}; export the adapter again") from e
+    vision = family.config("clip_vision")
+    if vision.hidden_size != config.hmoe.clip_width or max(config.hmoe.levels) > vision.num_hidden_layers:
+        raise UserError(
+            f"`adapter` {path}: needs a CLIP of width {config.hmoe.clip_width} with layers {config.hmoe.levels}"
+            f"{' (openai/clip-vit-large-patch14)' if config.hmoe.clip_width == 1024 else ''}; the model's has width "
+            f"{vision.hidden_size} and {vision.num_hidden_layers} layers; convert the model again with that --clip-vision"
+        )
+    sites = family.sites
+    for name, value in (
+        ("depth", sites.double), ("depth_single_blocks", sites.single), ("num_heads", sites.heads), ("head_dim", sites.head_dim),
+    ):  # fmt: skip
+        if getattr(config, name) != value:
+            raise UserError(
+                f"`adapter` {path}: made for {name} {getattr(config, name)}; the model has {value}; use its own base"
+            )
+    return config
