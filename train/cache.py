@@ -23,7 +23,7 @@ from dynaip_jax.data.order import BatchOrder, make_order
 from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import Pictures
 from dynaip_jax.errors import UserError
-from dynaip_jax.interrupts import at_stake, litter
+from dynaip_jax.interrupts import at_stake
 from dynaip_jax.storage.folders import replacing
 from dynaip_jax.tasks import task
 from train import config as config_
@@ -76,7 +76,6 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     with (
         at_stake(f"nothing is written to {out}"),
         replacing(out, overwrite=overwrite, marks=(features.FILE,)) as folder,
-        litter(folder),
     ):
         store = features.Store(folder, config.dtype)
         _write_features(store, Encoding(run, dataset), order, variants)

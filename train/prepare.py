@@ -22,7 +22,7 @@ from dynaip_jax.data.joining import join
 from dynaip_jax.data.records import INDEX, Record, write_dataset
 from dynaip_jax.data.sources import Source
 from dynaip_jax.errors import UserError
-from dynaip_jax.interrupts import at_stake, litter
+from dynaip_jax.interrupts import at_stake
 from dynaip_jax.storage.folders import AnyPath, as_path, replacing
 from dynaip_jax.tasks import task
 from train.parts import Part, Share, folder_of, make_parts
@@ -71,7 +71,6 @@ def prepare(
     with (
         at_stake(f"nothing is written to {out}"),
         replacing(out, overwrite=overwrite, marks=(INDEX,)) as work,
-        litter(work),
     ):
         return Prepared(write_dataset(work, good()), bad)
 

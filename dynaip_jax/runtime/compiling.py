@@ -54,10 +54,11 @@ def _tell_jax(folder: str, settings: Mapping[str, str]) -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    config: Any = jax.config
     for name, value in settings.items():
-        jax.config.update(name.lower(), type(DEFAULTS[name])(value))
-    if jax.config.jax_compilation_cache_dir != folder:
-        jax.config.update(VARIABLE.lower(), folder)
+        config.update(name.lower(), type(DEFAULTS[name])(value))
+    if config.jax_compilation_cache_dir != folder:
+        config.update(VARIABLE.lower(), folder)
         compilation_cache.reset_cache()  # it may have found that there is none
 
 

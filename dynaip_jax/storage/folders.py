@@ -22,6 +22,7 @@ from typing import IO, TypeAlias
 from etils import epath
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.interrupts import litter
 from dynaip_jax.storage.locks import hold, holder_of
 from dynaip_jax.storage.renames import exchange, move_new, sync, sync_tree
 
@@ -63,7 +64,7 @@ def replacing(
     """
     path = as_path(path)
     _check_target(path, overwrite, marks, field)
-    with _working(path, marks, field) as work:
+    with _working(path, marks, field) as work, litter(work):
         _check_target(path, overwrite, marks, field)  # once more: what a killed writer had moved aside may be back
         try:
             yield work
@@ -91,7 +92,8 @@ def scratch(path: Path) -> Iterator[Path]:
     is written next."""
     work = _new_folder(_absolute(path))
     try:
-        yield work
+        with litter(work):
+            yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
