@@ -94,7 +94,10 @@ def prepare_in_parts(
     if share is not None:
         made = list(_told(make_parts(source, folder, limits, processes, share), source.entries))
         return Prepared(sum(part.written for part in made), [row for part in made for row in part.bad])
-    with replacing(out, overwrite=overwrite, marks=(INDEX,)) as work:
+    with (
+        at_stake(f"finished parts are kept in {folder}; run the same command to go on"),
+        replacing(out, overwrite=overwrite, marks=(INDEX,)) as work,
+    ):
         made = list(_told(make_parts(source, folder, limits, processes), source.entries))
         bad = [row for part in made for row in part.bad]
         if bad and not skip_bad:
@@ -108,12 +111,14 @@ def prepare_in_parts(
 
 
 def _told(parts: Iterable[Part], entries: int) -> Iterator[Part]:
-    """The same, with a bar of `entries` rows and a line for each bad one."""
+    """The same, with the progress through `entries` rows and a line for each bad one."""
     from tqdm import tqdm
 
-    with tqdm(total=entries, desc="checking", unit="row", disable=None) as bar:
+    number = 0
+    with task("checking", entries, "row") as done:
         for part in parts:
-            bar.update(part.last - bar.n)
+            done(part.last - number)
+            number = part.last
             for row in part.bad:
                 tqdm.write(f"row {row.number}: {UserError(row.reason).told(flag)}", file=sys.stderr)
             yield part
