@@ -14,23 +14,40 @@ from train.config import TrainConfig, moved
 from train.evaluators import Due
 from train.metrics import say
 from train.run import Run
-from train.workdir import check_workdir, claim_workdir, holds_run, read_config
+from train.workdir import (
+    check_free,
+    check_step,
+    check_workdir,
+    claim_workdir,
+    go_back,
+    holds_run,
+    only_trainer,
+    read_config,
+)
 
 
 @contextlib.contextmanager
 def assembled(
-    config: TrainConfig, workdir: epath.PathLike, *, resume: bool = False, overwrite: bool = False
+    config: TrainConfig,
+    workdir: epath.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    resume_from: int | None = None,
 ) -> Iterator[Run]:
-    """A run with its parts open and its folder claimed; closed at the end of the block.
+    """A run with its parts open and its folder claimed; closed at the end of the block. `resume_from`: see `train`.
 
     Raises `UserError` for a config, base, data or folder that do not go together, before the folder is touched.
     """
     check_imports()
     run = Run(config, workdir)
-    with contextlib.closing(run):
+    with contextlib.ExitStack() as claimed, contextlib.closing(run):
         check_config(config, resume=resume, overwrite=overwrite, workdir=run.workdir.name)
         run.check_batch()
+        check_free(run.workdir)
         check_workdir(run.workdir, config, run.identity, resume=resume, overwrite=overwrite)
+        if resume_from is not None:
+            check_step(run.workdir, resume_from)
         for line in moved(read_config(run.workdir), config) if resume and holds_run(run.workdir) else ():
             say(f"{line} (its content is the same)")
         for part in ("constants", "frozen", "data", *(() if resume else ("first_adapter",))):
@@ -38,7 +55,11 @@ def assembled(
         run.evaluators = shipped(run)
         check_identity(run.identity)
         if jax.process_index() == 0:
+            claimed.enter_context(only_trainer(run.workdir))
+            check_workdir(run.workdir, config, run.identity, resume=resume, overwrite=overwrite)
             claim_workdir(run.workdir, config, run.identity, overwrite=overwrite)
+            if resume_from is not None:
+                go_back(run.workdir, resume_from)
         check_shared(run.workdir)
         yield run
 

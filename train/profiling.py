@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from dynaip_jax.storage.folders import copy_tree
 from train.config import ProfileConfig
+from train.workdir import write_whole
 
 
 class Profile:
@@ -43,5 +43,8 @@ class Profile:
             return
         jax.profiler.stop_trace()
         with self._disk as name:
-            copy_tree(Path(name), self._folder)
+            for file in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+                target = self._folder / file.relative_to(name).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(target, file.read_bytes())
         self._disk = None

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from etils import epath
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.codec import from_dict, to_dict
-from dynaip_jax.storage.folders import is_bucket
+from dynaip_jax.storage.folders import copy_tree, is_bucket
+from dynaip_jax.storage.locks import hold, holder_of
+from dynaip_jax.storage.renames import partials, write_new
 from train.config import TrainConfig, differing
 
-RUN_FILE = "run.json"
+RUN_FILE, LOCK = "run.json", "trainer.lock"
+CHECKPOINTS, SET_ASIDE = "checkpoints", "set_aside"
 FULL_DISK = (
     "No space left",
     "RESOURCE_EXHAUSTED: Error writing",
@@ -35,7 +42,7 @@ def check_workdir(
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"`workdir` {workdir}: is a file; expected a folder; choose another name")
     if not run.is_file():
-        if workdir.is_dir() and {x.name for x in workdir.iterdir()} - {_partial(run).name}:
+        if workdir.is_dir() and not all(x.name == LOCK or _is_partial(x.name) for x in workdir.iterdir()):
             raise UserError(f"`workdir` {workdir}: holds files that are not a run's; choose an empty or new folder")
     elif resume:
         _check_same(workdir, config, identity)
@@ -68,6 +75,34 @@ def _check_same(workdir: epath.Path, config: TrainConfig, identity: Mapping[str,
             )
 
 
+def check_free(workdir: epath.PathLike) -> None:
+    """Raises `UserError` if a trainer runs in `workdir`; changes nothing."""
+    if not is_bucket(workdir) and (holder := holder_of(_local(workdir) / LOCK)):
+        raise _busy(workdir, holder)
+
+
+@contextlib.contextmanager
+def only_trainer(workdir: epath.PathLike) -> Iterator[None]:
+    """Makes `workdir`, and keeps other trainers out of it while the block runs. Raises `UserError` that names the one in it.
+
+    A bucket has no locks: there nobody is kept out.
+    """
+    if is_bucket(workdir):
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        with disk_errors(workdir):
+            epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(_local(workdir) / LOCK, lambda holder: _busy(workdir, holder)))
+        yield
+
+
+def _busy(workdir: epath.PathLike, holder: str) -> UserError:
+    return UserError(
+        f"`workdir` {workdir}: {holder} trains in it; wait until that has ended, stop it, or choose another folder"
+    )
+
+
 def claim_workdir(
     workdir: epath.PathLike, config: TrainConfig, identity: Mapping[str, str], *, overwrite: bool
 ) -> None:
@@ -80,8 +115,12 @@ def claim_workdir(
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         for path in workdir.iterdir():
-            if overwrite and path != run:
-                path.rmtree() if path.is_dir() else path.unlink()
+            if overwrite and path.name not in (RUN_FILE, LOCK):
+                path.rmtree() if path.is_dir() and not os.path.islink(path) else path.unlink()
+        if not is_bucket(workdir):
+            for folder in (workdir, workdir / "samples", workdir / "tensorboard"):
+                for path in partials(_local(folder)):
+                    path.unlink()
         text = json.dumps(dict(identity) | dict(config=to_dict(config)), indent=2)
         write_whole(run, (text + "\n").encode())
 
@@ -96,6 +135,42 @@ def read_identity(workdir: epath.PathLike) -> dict[str, str]:
     read_config(workdir)
     saved = json.loads((epath.Path(workdir) / RUN_FILE).read_text())
     return {name: saved[name] for name in ("base", "encoders", "data") if saved.get(name)}
+
+
+def steps_in(workdir: epath.PathLike) -> list[int]:
+    """Steps of the whole checkpoints in a run's folder, in order."""
+    folder = epath.Path(workdir) / CHECKPOINTS
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def check_step(workdir: epath.PathLike, step: int) -> None:
+    """Raises `UserError` if the run in `workdir` has no checkpoint of `step`."""
+    steps = steps_in(workdir)
+    if step not in steps:
+        raise UserError(
+            f"`resume_from` {step}: no such checkpoint in {workdir}; it has {', '.join(map(str, steps)) or 'none'}; choose one of them"
+        )
+
+
+def go_back(workdir: epath.PathLike, step: int) -> None:
+    """Moves the checkpoints after `step` into `WORKDIR/SET_ASIDE`, with a copy of the metrics, so that the run goes on from `step`."""
+    workdir = epath.Path(workdir)
+    later = [other for other in steps_in(workdir) if other > step]
+    if not later:
+        return
+    with disk_errors(workdir):
+        aside = next(place for n in itertools.count(1) if not (place := workdir / SET_ASIDE / str(n)).exists())
+        aside.mkdir(parents=True)
+        for metrics in workdir.glob("metrics.jsonl"):
+            metrics.copy(aside / metrics.name)
+        for other in later:
+            source, target = workdir / CHECKPOINTS / str(other), aside / str(other)
+            if is_bucket(workdir):
+                copy_tree(source, target)
+                source.rmtree()
+            else:
+                source.rename(target)
+    print(f"checkpoints after step {step} ({', '.join(map(str, later))}) are set aside in {aside}", file=sys.stderr)
 
 
 def read_config(workdir: epath.PathLike) -> TrainConfig:
@@ -127,13 +202,16 @@ def disk_errors(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all: under another name first, but in a bucket, where all writes are so."""
+    """Writes a file that appears whole or not at all, on a disk or in a bucket, where all writes are so."""
     if is_bucket(path):
         path.write_bytes(content)
     else:
-        _partial(path).write_bytes(content)
-        _partial(path).replace(path)
+        write_new(_local(path), content)
 
 
-def _partial(path: epath.Path) -> epath.Path:
-    return path.with_suffix(".partial")
+def _is_partial(name: str) -> bool:
+    return name.startswith(f".{RUN_FILE}.") and name.endswith(".partial")
+
+
+def _local(path: epath.PathLike) -> Path:
+    return Path(os.fspath(path))

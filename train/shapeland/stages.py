@@ -11,6 +11,9 @@ from pathlib import Path
 
 import jax
 
+from dynaip_jax.errors import UserError
+from dynaip_jax.storage.locks import hold
+from dynaip_jax.storage.renames import write_new
 from train.shapeland.adapter import train_adapter
 from train.shapeland.base import train_base
 from train.shapeland.clip import train_clip
@@ -44,6 +47,13 @@ def run_stage(name: str, stage: Stage, workdir: Path, seed: int) -> None:
     if (folder / DONE).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    with hold(
+        workdir / f".{name}.lock", lambda holder: UserError(f"`workdir` {folder}: {holder} runs this stage; wait")
+    ):
+        _run_stage(name, stage, folder, seed)
+
+
+def _run_stage(name: str, stage: Stage, folder: Path, seed: int) -> None:
     start, spent = time.monotonic(), folder / SPENT
     before = float(spent.read_text()) if spent.is_file() else 0.0
     print(f"stage {name}", file=sys.stderr)
@@ -51,6 +61,6 @@ def run_stage(name: str, stage: Stage, workdir: Path, seed: int) -> None:
         stage(folder, seed)
     finally:
         seconds = before + time.monotonic() - start
-        spent.write_text(f"{seconds:.0f}\n")
+        write_new(spent, f"{seconds:.0f}\n".encode())
     note = dict(stage=name, seed=seed, seconds=round(seconds), device=jax.devices()[0].device_kind)
-    (folder / DONE).write_text(json.dumps(note) + "\n")
+    write_new(folder / DONE, (json.dumps(note) + "\n").encode())

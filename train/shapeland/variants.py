@@ -13,6 +13,7 @@ from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland.dataset import pair_record
 from dynaip_jax.shapeland.measure import evaluate
+from dynaip_jax.storage.renames import write_new
 from dynaip_jax.storage.tensors import read_tree
 from train.export import export
 from train.shapeland.configs import ADAPTER, with_steps
@@ -48,7 +49,7 @@ def train_variants(folder: Path, seed: int) -> None:
             print(f"variant {name}", file=sys.stderr)
             _train(folder, seed, name, variant)
     rows = [row for name, variant in VARIANTS.items() for row in _measure(folder, seed, name, variant)]
-    default.RETRAINED.write_text(json.dumps(dict(rows=rows), indent=1) + "\n")
+    write_new(default.RETRAINED, (json.dumps(dict(rows=rows), indent=1) + "\n").encode())
 
 
 def _train(folder: Path, seed: int, name: str, variant: Variant) -> None:
