@@ -1,21 +1,27 @@
 """Checkpoints of a run: trained weights, their average, optimizer, step and data position, in `WORKDIR/checkpoints`.
 
-Written by Orbax in the background and renamed when whole, so that a killed run leaves the previous ones as they were.
+Written by Orbax in the background, with checksums, and renamed when whole, so that a killed run leaves the previous ones as they were.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.folders import is_bucket
+from train.checksums import damage, write_checksums
 from train.state import TrainState
-from train.workdir import disk_errors
+from train.workdir import CHECKPOINTS, disk_errors, steps_in
 
 
 def _below_error(record: logging.LogRecord) -> bool:
@@ -23,28 +29,37 @@ def _below_error(record: logging.LogRecord) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder. The best (lowest running mean of the loss) and the latest `keep` are kept."""
+    """The checkpoints in a run's folder. The best (lowest running mean of the loss) and the latest `keep` are kept.
 
-    def __init__(self, workdir: epath.PathLike, keep: int):
+    `reading`: nothing is written, and what another process is just writing stays. Raises `UserError` if the figures of a checkpoint,
+    by which the best is chosen, cannot be read.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 1, *, reading: bool = False):
         policies = checkpoint_managers.preservation_policy
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
+        self.workdir, self._reading = epath.Path(workdir), reading
+        self._folder, self._saving = (self.workdir / CHECKPOINTS).absolute(), 0
         options = ocp.CheckpointManagerOptions(
-            create=True,
-            cleanup_tmp_directories=True,
+            create=not reading,
+            cleanup_tmp_directories=not reading,
+            lightweight_initialize=reading,  # figures are read when they are asked for
             best_fn=lambda metrics: metrics["loss"],
             best_mode="min",
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
-        self.workdir = epath.Path(workdir)
+        for step in () if reading else steps_in(workdir):
+            self.mean_loss(step)
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._all_but_late_writes
         for logger in map(logging.getLogger, ("absl", "asyncio")):  # Orbax raises what it also logs, with tracebacks
             logger.addFilter(_below_error)
         with disk_errors(workdir):
-            self._manager = ocp.CheckpointManager((self.workdir / "checkpoints").absolute(), options=options)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -56,15 +71,23 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest loss among those kept."""
-        return self._manager.best_step() if self.steps() else None
+        return min(self.steps(), key=self.mean_loss, default=None)
 
     def mean_loss(self, step: int) -> float:
-        """The running mean of the loss that was saved with `step`."""
-        return self._manager.metrics(step)["loss"]
+        """The running mean of the loss that was saved with `step`. Raises `UserError` if it cannot be read."""
+        file = self._folder / str(step) / "metrics" / "metrics"
+        try:
+            return float(json.loads(file.read_text())["loss"])
+        except FileNotFoundError as e:
+            raise self._damaged(step, "metrics/metrics is missing") from e
+        except Exception as e:  # whatever stands there
+            raise self._damaged(step, f"metrics/metrics cannot be read ({str(e)[:80]})") from e
 
     def save(self, step: int, state: TrainState, data: Any, mean_loss: float) -> None:
         """Copies the state off the devices and writes it in the background. A full disk shows here or at the next call."""
         with disk_errors(self.workdir):
+            self._manager.wait_until_finished()
+            self._saving = step
             args: dict[str, Any] = dict(
                 state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data.get_state())
             )
@@ -76,16 +99,37 @@ class Checkpoints:
         Mesh and number of processes may be others than when it was saved. Raises `UserError` if it is damaged.
         """
         args: dict[str, Any] = dict(state=ocp.args.StandardRestore(target._asdict()), data=ocp.args.JsonRestore())
+        if not is_bucket(self.workdir) and jax.process_index() == 0:  # one reads for all
+            if found := damage(Path(os.fspath(self._folder / str(step)))):
+                raise self._damaged(step, found)
         try:
             saved = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (OSError, ValueError, KeyError) as e:  # tensorstore's are ValueErrors
-            raise UserError(
-                f"{self.workdir / 'checkpoints' / str(step)}: cannot be read ({str(e)[:200]}); expected a whole checkpoint; "
-                "delete this folder to go on from the one before it"
-            ) from e
+            restored, position = TrainState(**saved["state"]), saved["data"]
+        except Exception as e:  # Orbax, tensorstore and JSON each have their own
+            reason = " ".join(str(e).split())[:100] or type(e).__name__
+            raise self._damaged(step, f"cannot be read ({reason})") from e
         if data is not None:
-            data.set_state(saved["data"])
-        return TrainState(**saved["state"])
+            data.set_state(position)
+        return restored
+
+    def _damaged(self, step: int, found: str) -> UserError:
+        others = [other for other in reversed(steps_in(self.workdir)) if other != step]
+        older = [other for other in others if other < step]
+        if others and others[0] > step and not self._reading:
+            remedy = f"move this folder away to go on from {others[0]}"
+        elif self._reading:
+            remedy = f"pass `step` {others[0]}" if others else "there is no other"
+        elif older:
+            remedy = f"go on from an older one with `resume_from` {older[0]}"
+        else:
+            remedy = "there is no older one: start anew with `overwrite`, or in another `workdir`"
+        return UserError(f"{self.workdir / CHECKPOINTS / str(step)}: {found}; expected a whole checkpoint; {remedy}")
+
+    def _sum_up(self) -> None:
+        """Called, in the first process, when a checkpoint is written and not yet renamed."""
+        if not is_bucket(self._folder):
+            for folder in Path(os.fspath(self._folder)).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                write_checksums(folder)
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""

@@ -5,6 +5,7 @@ python -m train.export --workdir runs/debug --out adapters/debug
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dynaip_jax.storage.bundle import replace_component
 from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.storage.folders import as_path
 from dynaip_jax.storage.manifest import fingerprint
+from train.checkpoint import Checkpoints
 from train.run import Run
 from train.workdir import read_config, read_identity
 
@@ -61,20 +63,16 @@ def export(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Writes the trained adapter to `out` and, if it was trained, the base to `bundle_out`.
+    """Writes the trained adapter to `out` and, if it was trained, the base to `bundle_out`; the run may go on meanwhile.
 
     `step`: "last", "best" or a number; `weights`: "ema" or "params"; `dtype`: of the files. Raises `UserError` for a folder without a run or
     checkpoint, and for outputs that do not fit what was trained.
     """
-    from train.run import Run
-
     run = Run(read_config(workdir), workdir)
     _check_outputs(run.config.trainable, out, bundle_out)
-    try:
-        number = _step(run, step)
-        params = _weights(run, number, weights, dtype)
-    finally:
-        run.close()
+    with contextlib.closing(Checkpoints(workdir, reading=True)) as checkpoints:
+        number = _step(checkpoints, step)
+        params = _weights(run, checkpoints, number, weights, dtype)
     identity = run.bundle.fingerprint
     if bundle_out is not None:
         identity = fingerprint(params["transformer"])
@@ -101,18 +99,18 @@ def _check_outputs(trainable: str, out: Path | None, bundle_out: Path | None) ->
         )
 
 
-def _step(run: Run, step: str) -> int:
+def _step(checkpoints: Checkpoints, step: str) -> int:
     """The checkpoint that `step` means. Raises `UserError` if there is none."""
-    steps, named = run.checkpoints.steps(), dict(last=run.checkpoints.latest(), best=run.checkpoints.best())
+    steps, named = checkpoints.steps(), dict(last=checkpoints.latest(), best=checkpoints.best())
     number = int(step) if step.isdigit() else named.get(step)
     if number is None or number not in steps:
         raise UserError(
-            f"`step` {step}: no such checkpoint in {run.workdir}; it has {', '.join(map(str, steps)) or 'none'}"
+            f"`step` {step}: no such checkpoint in {checkpoints.workdir}; it has {', '.join(map(str, steps)) or 'none'}"
         )
     return number
 
 
-def _weights(run: Run, step: int, weights: str, dtype: str) -> dict[str, Any]:
+def _weights(run: Run, checkpoints: Checkpoints, step: int, weights: str, dtype: str) -> dict[str, Any]:
     """The trained parameters of a checkpoint as NumPy arrays."""
     import jax
     import jax.numpy as jnp
@@ -121,7 +119,7 @@ def _weights(run: Run, step: int, weights: str, dtype: str) -> dict[str, Any]:
     from train.state import abstract_state
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = run.checkpoints.restore(step, abstract_state(run.config, run.constants, here))
+    state = checkpoints.restore(step, abstract_state(run.config, run.constants, here))
     return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), getattr(state, weights))
 
 

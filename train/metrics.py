@@ -69,7 +69,8 @@ class Meter:
 class Metrics:
     """`metrics.jsonl` and TensorBoard events in the run's folder, and a line on the terminal.
 
-    `steps`: of the whole run, for saying what is left of it. On resumption at step `start` the lines of later steps, from before a kill, are dropped.
+    `steps`: of the whole run, for saying what is left of it. On resumption at step `start` the lines of later steps, from before a
+    kill, are dropped; damaged ones among the others are told of.
     """
 
     def __init__(self, workdir: epath.Path, start: int, *, write: bool, steps: int | None = None):
@@ -79,8 +80,7 @@ class Metrics:
         if self._write:
             path = self._workdir / METRICS_FILE
             with disk_errors(self._workdir):
-                kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= self._start]
-                self._file = GrowingFile(path, "".join(f"{line}\n" for line in kept).encode())
+                self._file = GrowingFile(path, "".join(f"{line}\n" for line in _kept_lines(path, self._start)).encode())
                 self._board = Board(self._workdir / "tensorboard", self._start + 1)
         return self
 
@@ -194,14 +194,20 @@ def _finite(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
-def _whole_lines(path: epath.Path) -> list[str]:
-    """The lines of a file that are whole JSON; a kill may have cut the last one."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    whole = []
-    for line in lines:
+def _kept_lines(path: epath.Path, start: int) -> list[str]:
+    """The lines of the steps up to `start`. Those that are not whole JSON are left out: the last one, which a kill may have cut,
+    silently, any other is named."""
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
+    kept, damaged = [], []
+    for number, line in enumerate(lines, 1):
         try:
-            json.loads(line)
-        except ValueError:
-            break
-        whole.append(line)
-    return whole
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged.append(number)
+    if damaged and damaged[-1] == len(lines):
+        damaged.pop()
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if damaged[1:] else ""
+        say(f"{path}: line {damaged[0]}{more} cannot be read and is left out; the others are kept")
+    return kept

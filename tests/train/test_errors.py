@@ -146,7 +146,7 @@ def test_a_damaged_run_is_told_of(trainer, two_steps):
     assert trainer(words(run, "--resume", "--steps", 4))[0] == 0
     for path in (run / "checkpoints" / "4" / "state").glob("**/d/*"):
         path.write_bytes(path.read_bytes()[:100])
-    refused(trainer, words(run, "--resume"), f"{run}/checkpoints/4: cannot be read", "delete this folder to go on")
+    refused(trainer, words(run, "--resume"), f"{run}/checkpoints/4: state/", "is damaged", "with --resume-from 2")
     shutil.rmtree(run / "checkpoints" / "4")
     assert trainer(words(run, "--resume", "--steps", 3))[0] == 0
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
