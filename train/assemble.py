@@ -42,7 +42,7 @@ def assembled(
     check_imports()
     run = Run(config, workdir)
     with contextlib.ExitStack() as claimed, contextlib.closing(run):
-        check_config(config, resume=resume, overwrite=overwrite, workdir=run.workdir.name)
+        check_config(config, resume=resume, overwrite=overwrite, resume_from=resume_from, workdir=run.workdir.name)
         run.check_batch()
         check_free(run.workdir)
         check_workdir(run.workdir, config, run.identity, resume=resume, overwrite=overwrite)

@@ -136,6 +136,7 @@ class DistributedConfig:
     coordinator: str = ""  # host:port of process 0
     processes: int = 0
     index: int = -1
+    timeout: float = 60.0  # seconds without a sign of life from a process after which all others end
 
 
 @dataclass(frozen=True)

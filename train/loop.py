@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -26,23 +27,36 @@ from train.step import Features
 from train.stopping import Stop
 from train.workdir import disk_errors
 
+STEP = "the step that runs, and its checkpoint"  # what a signal waits for
 
-def train(config: TrainConfig, workdir: epath.PathLike, *, resume: bool = False, overwrite: bool = False) -> TrainState:
+
+def train(
+    config: TrainConfig,
+    workdir: epath.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    resume_from: int | None = None,
+    stop: Stop | None = None,
+) -> TrainState:
     """Trains until `config.steps` steps are done, or SIGTERM or SIGINT is received; saves and returns the state then.
 
-    Raises `UserError` for a configuration that cannot run here, and for a loss that is not finite.
+    `resume_from`: the checkpoint to go on from, in place of the latest; later ones are set aside. `stop`: heeds the signals already.
+    Raises `UserError` for a configuration that cannot run here, and for a loss that is not finite; `Stopped` if a signal comes before
+    the first step is done.
     """
-    with assembled(config, workdir, resume=resume, overwrite=overwrite) as run:
+    with contextlib.ExitStack() as parts:
+        stop = stop or parts.enter_context(Stop())
+        run = parts.enter_context(
+            assembled(config, workdir, resume=resume, overwrite=overwrite, resume_from=resume_from)
+        )
         state, start = run.first_state()
-        try:
-            with (
-                Metrics(run.workdir, start, write=jax.process_index() == 0, steps=config.steps) as metrics,
-                Profile(config.profile, run.workdir / "profile") as profile,
-                Stop() as stop,
-            ):
-                return loop(run, state, start, metrics, profile, stop)
-        finally:
-            gc.unfreeze()
+        if resume and not start:
+            say(f"no checkpoint in {run.workdir}: starts with step 1")
+        parts.callback(gc.unfreeze)
+        metrics = parts.enter_context(Metrics(run.workdir, start, write=jax.process_index() == 0, steps=config.steps))
+        profile = parts.enter_context(Profile(config.profile, run.workdir / "profile"))
+        return loop(run, state, start, metrics, profile, stop)
 
 
 def loop(run: Run, state: TrainState, start: int, metrics: Metrics, profile: Profile, stop: Stop) -> TrainState:
@@ -62,6 +76,7 @@ def loop(run: Run, state: TrainState, start: int, metrics: Metrics, profile: Pro
     for step, (features, rows) in enumerate(features_from(run, start, meter), start + 1):
         with jax.set_mesh(run.mesh):
             state, values = step_fn(run.constants, state, run.base, features)
+        stop.waits_for = STEP
         if step == start + 1:
             # What tracing left behind stays: going through it again would hold up a later step, or a save.
             gc.collect()
@@ -86,13 +101,17 @@ def loop(run: Run, state: TrainState, start: int, metrics: Metrics, profile: Pro
             checkpoints.save(step, state, run.data, running)
         for due in run.evaluators:
             if step % due.every == 0:
+                stop.waits_for = f"what is drawn and measured at step {step}, another step, and its checkpoint"
                 with disk_errors(run.workdir):
                     metrics.add(step, due.evaluate(step, state))
                 meter.pause()
         if last:
             break
 
+    stop.waits_for = "the last checkpoint to be on disk"
     checkpoints.wait()
+    if int(state.step) >= config.steps:
+        stop.finished()
     if stop.asked:
         say(f"stopped by {stop.asked} after step {int(state.step)}; saved; go on with --resume")
     return state

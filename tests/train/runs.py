@@ -51,17 +51,17 @@ def words(workdir, *more):
 class Child:
     """A Python process in the checkout; its stderr goes to the file `log`."""
 
-    def __init__(self, env, log, *arguments):
+    def __init__(self, env, log, *arguments, **options):
         self.log = Path(log)
         with open(self.log, "w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-B", *map(str, arguments)], cwd=ROOT, env=os.environ | env, stderr=stderr
+                [sys.executable, "-B", *map(str, arguments)], cwd=ROOT, env=os.environ | env, stderr=stderr, **options
             )
 
     @classmethod
-    def train(cls, env, log, *arguments):
+    def train(cls, env, log, *arguments, **options):
         """`python -m train.main`."""
-        return cls(env, log, "-m", "train.main", *arguments)
+        return cls(env, log, "-m", "train.main", *arguments, **options)
 
     def wait_for(self, condition):
         """Until `condition()` holds; fails if the process ends first."""

@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -149,10 +150,11 @@ def test_two_processes_train_as_one_and_stop_together(home, trainer, port, tmp_p
     children = two_processes(home, tmp_path, port, "--steps", 100_000, "--save-every", 100_000)
     children[0].wait_for(lambda: children[0].says("step 4 "))
     children[1].process.send_signal(signal.SIGTERM)
-    assert [child.end() for child in children] == [0, 0], children[0].log.read_text()
+    assert [child.end() for child in children] == [143, 143], children[0].log.read_text()
     (last,) = steps(tmp_path / "run")
     assert children[0].says(f"stopped by SIGTERM after step {last}; saved; go on with --resume\n")
     assert not children[1].says("step 1 ") and not children[1].says("stopped by")
+    assert children[1].says("SIGTERM: waits for the step that runs") and not children[0].says("SIGTERM: waits")
 
     rows = [json.loads((tmp_path / f"rows.{index}").read_text()) for index in (0, 1)]
     assert len(rows[0]) == len(rows[1]) == last
@@ -169,9 +171,14 @@ def test_two_processes_train_as_one_and_stop_together(home, trainer, port, tmp_p
 
 def test_a_process_that_fails_does_not_leave_the_other_waiting(home, port, tmp_path):
     children = two_processes(home, tmp_path, port, others=((), ("--data.path", tmp_path / "missing")))
-    assert children[1].end() == 2 and children[0].end() != 0
-    errors = [line for line in children[1].log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and f"dataset {tmp_path / 'missing'}" in errors[0]
+    began = time.monotonic()
+    assert children[1].end() == 2 and children[0].end() == 1
+    assert time.monotonic() - began < 60
+    errors = [[line for line in child.lines() if line.startswith("error: ")] for child in children]
+    assert [len(lines) for lines in errors] == [1, 1] and f"dataset {tmp_path / 'missing'}" in errors[1][0]
+    assert errors[0][0].startswith(
+        f"error: process 1 on {socket.gethostname()}, process id {children[1].process.pid}, ended: dataset"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, cut short or taken up again end where a straight run ends, bit for bit."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from dynaip_jax.data.loader import make_loader
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.shapeland import default
-from tests.train.runs import Child, assert_same, data_state, metrics, state, steps, words
+from tests.train.runs import Child, assert_same, data_state, metrics, refused, state, steps, words
 from train.workdir import read_config
 
 WORKERS = ("--data.workers", "1")  # children have a worker process too, which must not outlive them
@@ -57,6 +58,7 @@ def test_killed_at_five_random_moments(home, straight, tmp_path):
         time.sleep(delay)
         child.process.send_signal(signal.SIGKILL)
         assert child.end() == -signal.SIGKILL
+        assert child.says(f"no checkpoint in {run}: starts with step 1") or number not in (1, 2)
     last = Child.train(home, tmp_path / "log", *words(run, *WORKERS, "--resume"))
     assert last.end() == 0, last.log.read_text()
     assert not last.says("step 8 ")  # it did go on, not start anew
@@ -70,10 +72,11 @@ def test_stopped_by_sigterm(home, trainer, straight, tmp_path):
     child.wait_for(lambda: child.says("step 1 "))
     time.sleep(chance.uniform(0, 0.1))
     child.process.send_signal(signal.SIGTERM)
-    assert child.end() == 0, child.log.read_text()
+    assert child.end() == 128 + signal.SIGTERM, child.log.read_text()
     lines = child.lines()
     at = steps(run)[-1]
     assert at < 12 and lines[-1] == f"stopped by SIGTERM after step {at}; saved; go on with --resume"
+    lines.remove("SIGTERM: waits for the step that runs, and its checkpoint; a second one ends the run at once")
     assert len(lines) == at + 1 and data_state(run, at)["step"] == at
     assert trainer(words(run, *WORKERS, "--resume"))[0] == 0
     assert_finished_as(straight, run)
@@ -146,3 +149,44 @@ def test_a_fixed_batch_stays_the_same_over_a_resumption(trainer, tmp_path):
     for number in (2, 4):
         assert trainer(words(tmp_path / "again", *fixed, "--steps", number, "--resume"))[0] == 0
     assert_same(tmp_path / "run", tmp_path / "again", 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_before_there_is_anything_to_save(home, tmp_path, number):
+    """While it loads, at once; the whole group is told, as by Ctrl-C, and the worker says nothing of its own."""
+    child = Child.train(home, tmp_path / "log", *words(tmp_path / "run", *WORKERS), process_group=0)
+    child.wait_for((tmp_path / "run").is_dir)
+    os.killpg(child.process.pid, number)
+    began = time.monotonic()
+    assert child.end() == 128 + number and time.monotonic() - began < 30
+    lines = child.lines()
+    assert lines[-1].startswith(
+        (f"stopped by {number.name}; there was nothing new", f"ended by {number.name} after")
+    ), lines
+    assert len(lines) <= 2 and steps(tmp_path / "run") == []
+
+
+def test_two_signals_end_it_at_once(home, trainer, straight, tmp_path):
+    """What was saved before stays, and the lock of the dead holds nobody up."""
+    run = tmp_path / "run"
+    child = Child.train(home, tmp_path / "log", *words(run, *WORKERS, "--steps", 100_000))
+    child.wait_for(lambda: child.says("step 4 "))
+    child.process.send_signal(signal.SIGTERM)
+    child.wait_for(lambda: child.says("SIGTERM: waits"))
+    child.process.send_signal(signal.SIGTERM)
+    assert child.end() == 128 + signal.SIGTERM
+    shutil.rmtree(run / "samples", ignore_errors=True)
+    assert trainer(words(run, *WORKERS, "--resume", "--steps", 12))[0] == 0
+
+
+def test_a_second_trainer_is_refused(home, trainer, tmp_path):
+    run = tmp_path / "run"
+    child = Child.train(home, tmp_path / "log", *words(run, "--steps", 100_000, "--save-every", 100_000))
+    child.wait_for(lambda: child.says("step 1 "))
+    for how in ("--resume", "--overwrite"):
+        refused(trainer, words(run, how), f"--workdir {run}: process {child.process.pid} on ", "trains in it; wait")
+    child.process.send_signal(signal.SIGKILL)
+    child.end()
+    assert (run / "trainer.lock").is_file()
+    assert trainer(words(run, "--resume", "--steps", 2))[0] == 0
+    assert steps(run) == [2] and not (run / "trainer.lock").exists()
