@@ -83,7 +83,7 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // given
     if math.prod(sizes) != len(devices):
         raise UserError(f"{asked}: does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}")
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices > 1:
         return _across(slices, sizes, devices, asked)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices))
