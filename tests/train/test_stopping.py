@@ -63,7 +63,8 @@ def test_while_there_is_nothing_to_save(child, name):
 
 
 def test_in_compiled_code_with_nothing_to_save(child):
-    process = child(UNHEARD, "ctypes.CDLL(None).sleep(60)")
+    process = child(f"{UNHEARD}; libc = ctypes.CDLL(None)", "libc.sleep(60)")
+    time.sleep(1)  # until it is in there
     process.send_signal(signal.SIGTERM)
     said = "ended by SIGTERM after 0.5 s in which compiled code did not return; there was nothing to save\n"
     assert end(process) == (143, "", said)
