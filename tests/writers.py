@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["tests.writers", "train.cache", "train.export", "train.loop", "train.main", "train.prepare"]
+PRELOADED = ["train.cache", "train.export", "train.loop", "train.main", "train.prepare"]
 PATIENCE = 300  # seconds after which a writer is taken to hang
 SIDE = 64  # files of the plain folder
 

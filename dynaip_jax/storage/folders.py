@@ -279,7 +279,8 @@ def _swap(work: Path, target: Path, marks: Sequence[str], kept: Callable[[], Use
             with contextlib.suppress(FileExistsError):
                 move_new(old, target)
             raise kept() from e
-    shutil.rmtree(old, ignore_errors=True)
+    old.rename(work)  # what is seen to be no longer needed has the name of such, also when half of it is gone
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _kept(work: Path, path: AnyPath, field: str) -> UserError:

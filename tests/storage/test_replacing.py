@@ -20,6 +20,7 @@ def end(*args, **options): os.kill(os.getpid(), 9)
 {before}
 with folders.replacing(sys.argv[1], overwrite=True, marks=("what.json",)) as work:
     (work / "what.json").write_text("new")
+    (work / "more").write_text("new")
     with folders.scratch(folders.Path(sys.argv[1])) as staged:
         (staged / "large").write_text("x")
         {during}
@@ -29,6 +30,7 @@ with folders.replacing(sys.argv[1], overwrite=True, marks=("what.json",)) as wor
 def write(path, text="new", *, overwrite=False, meanwhile=lambda: None):
     with replacing(path, overwrite=overwrite, marks=(MARK,)) as work:
         (work / MARK).write_text(text)
+        (work / "more").write_text(text)
         meanwhile()
 
 
@@ -153,12 +155,20 @@ def killed(path, during="", before=""):
 
 
 WITHOUT = "renames._renameat2 = lambda *args: False\n"
+HALF = """
+def gone(path, **options):
+    if (path / "what.json").is_file():
+        (path / "what.json").unlink()
+        end()
+folders.shutil.rmtree = gone
+"""
 MOMENTS = {  # of a kill: (what is run before the writer, in it, what stands at the target then)
     "while it is written": ("", "end()", "old"),
     "before the renames": ("folders._put = end", "", "old"),
-    "once swapped": ("folders.shutil.rmtree = lambda path, **o: end() if 'old' in path.name else None", "", "new"),
+    "once swapped": ("swap = folders.exchange; folders.exchange = lambda *two: swap(*two) and end()", "", "new"),
+    "while the old one goes": (HALF, "", "new"),
     "between two renames": (f"{WITHOUT}folders.move_new = end", "", None),
-    "after two renames": (f"{WITHOUT}folders.shutil.rmtree = lambda path, **o: end() if 'old' in path.name else None", "", "new"),
+    "after two renames": (f"{WITHOUT}move = folders.move_new; folders.move_new = lambda *two: (move(*two), end())", "", "new"),
 }  # fmt: skip
 
 
