@@ -74,7 +74,8 @@ def line(text: str, seconds: float, done: int, total: int | None, unit: str) -> 
     if total is None:
         return f"{text}: {_clock(seconds)}"
     left = f", {_clock(seconds / done * (total - done))} left" if done else ""
-    return f"{text}: {done} of {total} {unit}{'s' * (total != 1)}, {_clock(seconds)}{left}"
+    plural = "" if total == 1 else "es" if unit.endswith("ch") else "s"
+    return f"{text}: {done} of {total} {unit}{plural}, {_clock(seconds)}{left}"
 
 
 def _clock(seconds: float) -> str:

@@ -37,6 +37,7 @@ import pytest  # noqa: E402
 import skimage.data  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from dynaip_jax import tasks  # noqa: E402
 from dynaip_jax.app import main as cli  # noqa: E402
 from dynaip_jax.commandline import run_cli  # noqa: E402
 from dynaip_jax.testing import make_adapter, make_bundle  # noqa: E402
@@ -57,6 +58,12 @@ def forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch):
+    """Those that a slow machine would add to what commands say."""
+    monkeypatch.setattr(tasks, "EVERY", 3600.0)
 
 
 @pytest.fixture(scope="session")

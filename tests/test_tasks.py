@@ -41,4 +41,5 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
 def test_words():
     assert tasks.line("denoising", 80, 5, 28, "step") == "denoising: 5 of 28 steps, 1:20, 6:08 left"
     assert tasks.line("denoising", 3, 0, 1, "step") == "denoising: 0 of 1 step, 0:03"
+    assert tasks.line("sampling", 3, 0, 2, "batch") == "sampling: 0 of 2 batches, 0:03"
     assert tasks.line("compiling", 3700, 0, None, "step") == "compiling: 1:01:40"

@@ -62,9 +62,8 @@ def generate(
         scalars = dict(guidance=options.guidance, true_cfg=options.true_cfg, cache_threshold=options.cache_threshold)
         dynamic = {name: None if x is None else jnp.float32(x) for name, x in scalars.items()}
         dynamic["window"] = jnp.array([options.image_start, options.image_end], jnp.float32)
-        watched = shown.show or shown.step is not None
-        dynamic["ticket"] = jnp.int32(0) if watched else None
-        news = parts.transformer.news(_facts(conditions, noise, options) | dict(progress=watched))
+        dynamic["ticket"] = jnp.int32(0) if shown.counts else None
+        news = parts.transformer.news(_facts(conditions, noise, options) | dict(progress=shown.counts))
         with contextlib.nullcontext() if news is None else shown.doing(f"compiling{news and f' again: {news}'}"):
             program = parts.transformer.program(denoising_loop, family, args, dynamic)
         memory.check_fits(program)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -41,7 +42,10 @@ def watching(watcher: Watcher | None) -> Iterator[int | None]:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is told of a generation: with `show`, its phases and a count of steps on stderr; `step` is called at each step."""
+    """What is told of a generation: with `show`, its phases on stderr, and on a terminal its steps; `step` is called at each step.
+
+    Steps cost something: JAX keeps no program on disk that calls back. Where nobody watches, they are not counted.
+    """
 
     show: bool = False
     step: Watcher | None = None
@@ -55,11 +59,17 @@ class Progress:
         """The block is a phase of its own."""
         return task(text, show=self.show)
 
+    @property
+    def counts(self) -> bool:
+        """Whether the program is to report its steps."""
+        return self.step is not None or (self.show and sys.stderr.isatty())
+
     @contextlib.contextmanager
     def denoising(self, steps: int) -> Iterator[Watcher | None]:
         """What is to be called at each of the steps, if anything."""
-        if not self.show:
-            yield self.step
+        if not self.show or not self.counts:
+            with self.doing(f"denoising, {steps} steps"):
+                yield self.step
             return
         with task("denoising", steps) as count:
             yield count

@@ -13,7 +13,7 @@ from PIL import Image
 from dynaip_jax.adapters.dynaip import DynaIPConfig, init_adapter_params
 from dynaip_jax.errors import OutOfMemory, UserError
 from dynaip_jax.families.quantize import quantized
-from dynaip_jax.runtime import memory
+from dynaip_jax.runtime import layouts, memory
 from dynaip_jax.sampling import denoise, opening, pipeline
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
@@ -433,3 +433,18 @@ def test_phases_are_shown_and_what_made_it_compile_again(base, capsys, monkeypat
     assert "compiling" not in capsys.readouterr().err
     base("a cat", progress=True, **options | dict(steps=6))
     assert "compiling again: steps 5 -> 6 [" in capsys.readouterr().err
+
+
+def test_steps_are_not_counted_where_nobody_watches(base, monkeypatch):
+    """JAX keeps no program on disk that calls back."""
+    tickets = []
+    run = layouts.Arranged.run
+
+    def watched(self, function, config, args, options, program=None):
+        tickets.append(options["ticket"])
+        return run(self, function, config, args, options, program)
+
+    monkeypatch.setattr(layouts.Arranged, "run", watched)
+    base("a cat", progress=True, **SIZE)
+    base("a cat", **SIZE)
+    assert tickets == [None, None]
