@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from dynaip_jax import images
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
@@ -21,10 +19,11 @@ from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.runtime.compiling import QUICK
-from dynaip_jax.sampling.options import SampleOptions
+from dynaip_jax.sampling.options import SampleOptions, texts
 from dynaip_jax.types import ImagePrompt, TextCondition
 
-Picture = str | Path | np.ndarray | Image.Image
+# What `images.load_image` reads: a path, the bytes of a file, a binary file object, a PIL image, an array of NumPy, JAX or torch.
+Picture: TypeAlias = Any
 
 
 class Conditions(NamedTuple):
@@ -36,26 +35,43 @@ class Conditions(NamedTuple):
 
 
 class Subjects(NamedTuple):
-    """Reference pictures and what is said of them: none of `masks` and `words`, or one for each."""
+    """Reference pictures, uint8 `[H, W, 3]`, and what is said of them: none of `masks` and `words`, or one for each; and the files
+    of pictures and masks, None for those that are in none."""
 
-    references: Sequence[Picture] = ()
-    masks: Sequence[str | Path | np.ndarray] = ()
+    references: Sequence[np.ndarray] = ()
+    masks: Sequence[images.Mask] = ()
     words: Sequence[str] = ()
+    reference_paths: Sequence[str | None] = ()
+    mask_paths: Sequence[str | None] = ()
+
+    @classmethod
+    def read(cls, references: Any = (), masks: Any = (), words: str | Sequence[str] = ()) -> Subjects:
+        """Reads pictures in any form, one or several of each. Raises `UserError` for what `images` refuses, and for masks or words in
+        another number than references."""
+        given, masked = images.several(references, "references"), images.several(masks, "masks")
+        named = texts("words", words)
+        if masked and len(masked) != len(given):
+            raise UserError(
+                f"`masks`: {len(masked)} masks for {len(given)} references; pass one for each reference, or none"
+            )
+        if named and len(named) != len(given):
+            raise UserError(
+                f"`words`: words for {len(named)} subjects and {len(given)} references; give one a reference, or none"
+            )
+        return cls(
+            images.load_images(given, "references"),
+            [images.read_mask(mask, f"`masks` {n}") for n, mask in enumerate(masked, 1)],
+            named,
+            [images.named(picture, None) for picture in given],
+            [images.named(mask, None) for mask in masked],
+        )
 
     def regions(self, asked: str | None) -> str:
         """Where subjects may appear: "masks", "auto" or "none", as `asked` for or by default.
 
-        Raises `UserError` for masks or words in another number than references, and for "auto" without words of each.
+        Raises `UserError` for "auto" without words of each.
         """
         count = len(self.references)
-        if self.masks and len(self.masks) != count:
-            raise UserError(
-                f"`masks`: {len(self.masks)} masks for {count} references; pass one for each reference, or none"
-            )
-        if self.words and len(self.words) != count:
-            raise UserError(
-                f"`words`: words for {len(self.words)} subjects and {count} references; give one a reference, or none"
-            )
         mode = asked or ("auto" if any(self.words) else "none")
         if self.masks:
             return "masks"
@@ -88,9 +104,9 @@ def make_image_prompt(
     return adapter.apply({"params": params}, features, **options)
 
 
-def reference_pixels(references: Sequence[Picture], size: int, fit: Any) -> np.ndarray:
-    """CLIP's input float32 `[s, size, size, 3]`."""
-    return np.stack([images.clip_pixels(rgb(r), size, fit) for r in references])
+def reference_pixels(references: Sequence[np.ndarray], size: int, fit: Any) -> np.ndarray:
+    """CLIP's input float32 `[s, size, size, 3]` of pictures uint8 `[H, W, 3]`."""
+    return np.stack([images.clip_pixels(picture, size, fit) for picture in references])
 
 
 def adapter_options(options: SampleOptions, **places: np.ndarray | None) -> dict[str, Any]:
@@ -109,26 +125,8 @@ def places(
 ) -> dict[str, np.ndarray | None]:
     """`region` `[1, s, i]` from masks, or `words` `[n, s, t]`, for pictures of `size` = (height, width)."""
     if mode == "masks":
-        masks = [mask_of(mask, *size) for mask in subjects.masks]
+        masks = [mask.fitted(*size) for mask in subjects.masks]
         return dict(region=images.regions(masks, family.multiple)[None])
     named = [w for w in subjects.words if w]
     rows = np.stack([tokenizers.words(prompt, named) for prompt in prompts])  # checked even where they are not used
     return dict(words=None if mode == "none" else rows)
-
-
-def rgb(picture: Picture) -> np.ndarray:
-    """uint8 `[H, W, 3]` from a path, PIL image or array."""
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    return picture if isinstance(picture, np.ndarray) else images.load_image(picture)
-
-
-def mask_of(mask: str | Path | np.ndarray, height: int, width: int) -> np.ndarray:
-    """float32 `[height, width]` in [0, 1] from a file or such an array."""
-    if not isinstance(mask, np.ndarray):
-        return images.load_mask(mask, height, width)
-    if mask.shape != (height, width):
-        raise UserError(
-            f"`masks`: an array of shape {list(mask.shape)}; expected [{height}, {width}], the picture's size"
-        )
-    return mask.astype(np.float32)

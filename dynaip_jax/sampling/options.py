@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -152,7 +152,7 @@ class SampleOptions:
     def _true_cfg(self, usual: float | None) -> tuple[str | None, float | None]:
         """The negative prompt and its scale, None without a second pass. `usual`: the scale that the model asks for, if any."""
         negative, scale = self.negative_prompt, self.true_cfg
-        if negative is None and usual is None and scale is not None:
+        if negative is None and usual is None and scale not in (None, 1):
             raise UserError(
                 f"`true_cfg` {scale}: needs something to steer away from; pass `negative_prompt` (it may be empty)"
             )
@@ -179,9 +179,27 @@ def _first(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _text(name: str, value: Any) -> str:
+def texts(option: str, given: Any) -> list[str]:
+    """One text or several as a list. Raises `UserError`, naming the option, for what is no text or holds bytes that are no UTF-8."""
+    if isinstance(given, str):
+        return [_text(option, given)]
+    if isinstance(given, (bytes, Mapping, Set)) or not isinstance(given, Iterable):
+        raise UserError(f"`{option}` {shown(given)}: expected text, or a list of texts")
+    found = [_text(option, text, f" {n}") for n, text in enumerate(given, 1)]
+    if len(found) > MOST:
+        raise UserError(f"`{option}`: {len(found)} texts; expected at most {MOST}")
+    return found
+
+
+def _text(name: str, value: Any, which: str = "") -> str:
     if not isinstance(value, str):
-        raise UserError(f"`{name}` {shown(value)}: expected text")
+        raise UserError(f"`{name}`{which} {shown(value)}: expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"`{name}`{which}: not UTF-8 from character {e.start + 1} on; expected text; type it anew"
+        ) from e
     return value
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from dynaip_jax.errors import UserError
 from dynaip_jax.sampling.conditions import Picture, Subjects, places
 from dynaip_jax.sampling.opening import Described
-from dynaip_jax.sampling.options import MOST, SampleOptions, shown
+from dynaip_jax.sampling.options import MOST, SampleOptions, shown, texts
 from dynaip_jax.types import TextCondition
 
 
@@ -86,19 +85,19 @@ class Request:
 def make_request(
     model: Described,
     prompt: str | Sequence[str],
-    references: Sequence[Picture] = (),
+    references: Picture | Sequence[Picture] = (),
     *,
-    masks: Sequence[str | Path | np.ndarray] = (),
-    words: Sequence[str] = (),
+    masks: Picture | Sequence[Picture] = (),
+    words: str | Sequence[str] = (),
     noise: np.ndarray | None = None,
     options: SampleOptions | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Request:
     """Checks a call; arguments as in `DynaIPPipeline.__call__`. Raises `UserError` for what does not fit the model or each other."""
-    prompts = _texts("prompt", prompt)
-    subjects = Subjects(
-        _listed("references", references, axes=4), _listed("masks", masks, axes=3), _texts("words", words, least=0)
-    )
+    prompts = texts("prompt", prompt)
+    if not prompts:
+        raise UserError("`prompt`: none given; expected at least one")
+    subjects = Subjects.read(references, masks, words)
     if not isinstance(options, (SampleOptions, type(None))):
         raise UserError(f"`options` {shown(options)}: expected a SampleOptions")
     given = changed(options or SampleOptions(), changes or {})
@@ -187,27 +186,3 @@ def _cut(model: Described, prompts: Sequence[str], negative: str | None) -> list
         for text in (*prompts, negative or "")
         for encoder, tail in model.tokenizers.cut(text).items()
     ]
-
-
-def _texts(name: str, value: Any, least: int = 1) -> list[str]:
-    """A text, or several, as a list."""
-    texts = [value] if isinstance(value, str) and least else _listed(name, value)
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"`{name}` {shown(text)}: expected text")
-    if len(texts) < least:
-        raise UserError(f"`{name}`: none given; expected at least one")
-    return texts
-
-
-def _listed(name: str, value: Any, axes: int | None = None) -> list[Any]:
-    """The items of a list or another sequence, or of an array with so many axes. One picture or text would be taken apart."""
-    one = isinstance(value, (str, bytes, Path, Mapping)) or (
-        hasattr(value, "size") and getattr(value, "ndim", -1) != axes
-    )
-    if one or not hasattr(value, "__iter__"):
-        raise UserError(f"`{name}` {shown(value)}: expected a list with an item for each subject; put it in brackets")
-    items = list(value)
-    if len(items) > MOST:
-        raise UserError(f"`{name}`: {len(items)} items; expected at most {MOST}")
-    return items

@@ -130,7 +130,7 @@ def test_smallest_picture(tmp_path):
 
 def test_what_is_no_picture(tmp_path):
     assert "no such file" in refused(tmp_path / "missing.png")
-    assert "no such file" in refused(tmp_path)
+    assert "a folder" in refused(tmp_path)
     for name, content in (("empty.png", b""), ("text.png", b"a prompt\n"), ("a.npy", b"\x93NUMPY\x01\x00")):
         (tmp_path / name).write_bytes(content)
         assert "not a picture" in refused(tmp_path / name)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.sampling.options import SampleOptions, reference_options
+from dynaip_jax.sampling.options import SampleOptions, reference_options, texts
 
 DEFAULTS = dict(steps=8, guidance=3.5, height=128, width=64)
 GUIDED, PLAIN = dict(multiple=16, takes_guidance=True), dict(multiple=16, takes_guidance=False)
@@ -131,3 +131,21 @@ def test_seeds_follow_each_other():
 def test_options_of_references_are_known():
     assert {"image_scale", "text_gain", "granularity", "merge", "regions", "fit"} < set(reference_options())
     assert "steps" not in reference_options()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    (
+        ("caf\udce9", "`prompt`: not UTF-8 from character 4 on"),
+        (["a cat", "\ud83c"], "`prompt` 2: not UTF-8 from character 1 on"),
+        (b"a cat", "`prompt` .*bytes.*: expected text, or a list of texts"),
+        ([b"a cat"], "`prompt` 1 .*bytes.*: expected text"),
+        (None, "`prompt` None .*: expected text, or a list of texts"),
+    ),
+)
+def test_what_is_no_text_is_named(given, message):
+    with pytest.raises(UserError, match=message):
+        texts("prompt", given)
+    assert texts("prompt", "a cat") == ["a cat"] and texts("prompt", ("a", "b")) == ["a", "b"]
+    with pytest.raises(UserError, match="`negative_prompt`: not UTF-8"):
+        SampleOptions(negative_prompt="\udce9")
