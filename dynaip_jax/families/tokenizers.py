@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.families.words import choose, overlap
 from dynaip_jax.storage.folders import local_copy
 
 CLIP_LENGTH = 77
@@ -61,8 +62,7 @@ class Tokenizers:
     def words(self, prompt: str, phrases: Sequence[str]) -> np.ndarray:
         """Where each phrase stands among T5's tokens of `prompt`: weights float32 `[s, t5_length]`, even over its own tokens.
 
-        A phrase is found as whole words, in any case and spacing. Each gets a place of its own, the longest first: the same
-        words given twice take their first and their second occurrence. Raises `UserError` for a phrase that is not in the
+        Each gets a place of its own, as `families.words.choose` finds it. Raises `UserError` for a phrase that is not in the
         prompt, not often enough, or beyond what T5 takes.
         """
         tokenizer, length = self._tokenizers["T5"]
@@ -81,27 +81,23 @@ class Tokenizers:
             return [n for n, text in enumerate(shared) if text.strip()]
 
         weights = np.zeros((len(phrases), length), np.float32)
-        taken: list[tuple[int, int]] = []
-        for s in sorted(range(len(phrases)), key=lambda s: -len(phrases[s])):
-            pattern = r"\s+".join(map(re.escape, phrases[s].split()))
-            places = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE) if pattern]
-            free = [(a, b) for a, b in places if all(b <= start or end <= a for start, end in taken)]
-            option = f"`words`, subject {s + 1}: its words {phrases[s]!r}"
-            if not places:
-                raise UserError(f"{option} are not in the prompt; expected words that stand in it; change either")
-            if not free:
+        for s, place in enumerate(choose(prompt, phrases)):
+            own = rows(seen, *place)
+            if len(own) < len(rows(whole, *place)):
                 raise UserError(
-                    f"{option} stand in the prompt {len(places)} time(s), all taken by other subjects; expected a place for "
-                    "each; name them all in the prompt, or choose other words"
-                )
-            taken.append(free[0])
-            own = rows(seen, *free[0])
-            if len(own) < len(rows(whole, *free[0])):
-                raise UserError(
-                    f"{option} lie beyond the {length} tokens that T5 takes; shorten the prompt before them"
+                    f"`words`, subject {s + 1}: its words {phrases[s]!r} lie beyond the {length} tokens that T5 takes; shorten "
+                    "the prompt before them"
                 )
             weights[s, own] = 1 / len(own)
         return weights
+
+    def unknown(self, text: str) -> dict[str, list[str]]:
+        """Encoder name -> the words of `text` that it has no tokens for; empty if it has."""
+        strange = {}
+        for which, (tokenizer, _) in self._tokenizers.items():
+            if words := _unknown(tokenizer, text):
+                strange[which] = words
+        return strange
 
     def cut(self, text: str) -> dict[str, str]:
         """Encoder name -> the end of `text` that does not fit into it; empty if all of it fits."""
@@ -112,3 +108,19 @@ class Tokenizers:
             if len(ids) > room:
                 lost[which] = tokenizer.decode(ids[room:]).strip()
         return lost
+
+
+def _unknown(tokenizer: Any, text: str) -> list[str]:
+    """The words of `text`, each once, that become the token for unknown ones."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        spans = [span for token, span in tokens if token == tokenizer.unk_token_id]
+        words = [
+            word[0] for word in re.finditer(r"\w+|[^\w\s]+", text) if any(overlap(word.span(), span) for span in spans)
+        ]
+    else:
+        pieces = tokenizer.tokenize(text)
+        tokens = zip(pieces, tokenizer.convert_tokens_to_ids(pieces), strict=True)
+        words = [piece.strip("\u2581") for piece, token in tokens if token == tokenizer.unk_token_id]
+    return list(dict.fromkeys(words))

@@ -100,6 +100,8 @@ def open_model(
 
     Raises `UserError` if anything but the weights is not what it should be or does not fit together.
     """
+    if any_base and adapter is None:
+        raise UserError("`any_base`: no adapter to accept; pass `adapter`, or leave it out")
     opened = open_bundle(bundle)
     for name, value, allowed in (
         ("dtype", dtype, (None, *choices.DTYPES)),

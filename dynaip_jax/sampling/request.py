@@ -16,6 +16,7 @@ import numpy as np
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.sampling.conditions import Picture, Subjects, places
+from dynaip_jax.sampling.notes import notes
 from dynaip_jax.sampling.opening import Described
 from dynaip_jax.sampling.options import MOST, SampleOptions, shown, texts
 from dynaip_jax.types import TextCondition
@@ -128,7 +129,7 @@ def make_request(
         noise=start,
         seeds=seeds,
         where=where,
-        notes=_cut(model, prompts, used.negative_prompt),
+        notes=notes(model.tokenizers, prompts, subjects, mode, given, used),
     )
 
 
@@ -177,12 +178,3 @@ def _check(model: Described, subjects: Subjects, options: SampleOptions) -> str:
     mode = subjects.regions(options.regions)
     options.check_gains(len(subjects.references))
     return mode
-
-
-def _cut(model: Described, prompts: Sequence[str], negative: str | None) -> list[str]:
-    """A line for each end of a prompt that an encoder does not see."""
-    return [
-        f"prompt: the {encoder} encoder takes no more; it does not see: {tail!r}"
-        for text in (*prompts, negative or "")
-        for encoder, tail in model.tokenizers.cut(text).items()
-    ]

@@ -61,3 +61,23 @@ def test_a_tokenizer_without_positions_is_refused():
 
     with pytest.raises(UserError, match="does not say where its tokens stand.*`masks`"):
         Tokenizers(Slow(), None, 12).words("a star", ["star"])
+
+
+def test_words_without_a_token_are_named(pieces, tiny):
+    tokenizers = Tokenizers(pieces._tokenizers["T5"][0], pieces._tokenizers["T5"][0], 12)
+    assert tokenizers.unknown("a red star and stars") == {}
+    assert tokenizers.unknown("a red cat, a cat \U0001f31f on a sofa") == dict.fromkeys(
+        ("T5", "CLIP"), ["cat", "\U0001f31f", "on", "sofa"]
+    )
+    assert Tokenizers.load(tiny[0] / "tokenizers", 16).unknown("any \U0001f31f byte") == {}
+
+    class Slow:
+        is_fast, unk_token_id = False, 2
+
+        def tokenize(self, text):
+            return [f"\u2581{word}" for word in text.split()]
+
+        def convert_tokens_to_ids(self, tokens):
+            return [2 if "cat" in token else 5 for token in tokens]
+
+    assert Tokenizers(Slow(), Slow(), 12).unknown("a cat")["T5"] == ["cat"]
