@@ -37,6 +37,7 @@ setup(
         "numpy",
         "scipy>=1.15",
         "pillow>=11",
+        "pyyaml",
         "tyro>=1.0",
         "pyarrow",
         "absl-py",

@@ -200,6 +200,7 @@ def test_files_and_functions_are_short():
 
 PACKAGE_OF = {
     "PIL": "pillow",
+    "yaml": "pyyaml",
     "absl": "absl-py",
     "orbax": "orbax-checkpoint",
     "tensorflow_datasets": "tensorflow-datasets",

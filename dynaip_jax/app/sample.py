@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 from dynaip_jax import interrupts
-from dynaip_jax.commandline import argument, parse
+from dynaip_jax.app import naming, recipe
+from dynaip_jax.app.saving import Saving
+from dynaip_jax.commandline import argument, flag, parse
 from dynaip_jax.errors import UserError
-from dynaip_jax.sampling.options import MOST, Levels, SampleOptions, reference_options
+from dynaip_jax.sampling.options import MOST, SEEDS, SampleOptions, reference_options, texts
 from dynaip_jax.tasks import task
-from dynaip_jax.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,13 +41,14 @@ examples:
   dynaip sample ... --granularity 0 0 1         high-level look only; LOW MID HIGH replace the router's weights
   dynaip sample ... --text-gain 0.3             let some pose and light of the reference through (0 = DDS, the default)
 """
+EACH = dict(image_scale=1, text_gain=1, granularity=3)  # options with so many numbers for all subjects, or for each
+PROG = "dynaip sample"
 FLAGS = dict(bundle="--model", references="--reference", words="--subject IMG=WORDS", masks="--mask")
 FILES, PICTURE, REFERENCE = "model and file", "picture", "reference"  # headings in help
-GRID_PIXELS = 100_000_000  # at most, of the grid of several pictures
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(recipe.Sources):
     """Makes pictures from a prompt and reference pictures. Options left out take the model's own defaults."""
 
     model: str | None = argument(
@@ -78,21 +81,28 @@ class Arguments:
         default=False,
         group=FILES,
     )
-    output: str = argument("the picture, or the grid of several", unit="OUT.png", group=FILES)
+    output: str | None = argument(
+        "the picture, or the grid of several; {prompt}, {seed}, {n}, {date} and {time} stand for what they say (needed)",
+        default=None,
+        unit="OUT.png",
+        group=FILES,
+    )
     overwrite: bool = argument("replace existing pictures", default=False, group=FILES)
 
     prompt: tuple[str, ...] = argument(
-        "give several to draw them in one batch", unit="TEXT", group=PICTURE, repeat=True
+        "give several to draw them in one batch (needed)", default=(), unit="TEXT", group=PICTURE, repeat=True
     )
+    random_seed: bool = argument("a seed by chance, which is said, in place of 0", default=False, group=PICTURE)
     noise: Path | None = argument(
         "initial latents [b, 16, h/8, w/8] in place of a seed", default=None, unit="FILE.npy", group=PICTURE
     )
+    noise_row: int | None = argument("one of the b alone, counted from 0", default=None, unit="K", group=PICTURE)
 
     reference: tuple[Path, ...] = argument(
         "a subject; repeat for more", default=(), unit="IMG", group=REFERENCE, repeat=True
     )
     subject: tuple[str, ...] = argument(
-        "a subject and the words of the prompt that name it: it appears where the picture attends to them; repeat for more",
+        "a subject and the words of the prompt that name it (dog#2: the second dog): it appears where the picture attends to them; repeat for more",
         default=(),
         unit="IMG=WORDS",
         group=REFERENCE,
@@ -116,30 +126,32 @@ class Subject(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Makes the pictures, and prints the name of each file."""
-    args = parse(_with_options(), argv, "dynaip sample", EXAMPLES)
-    given = {f.name: value for f in fields(SampleOptions) if (value := getattr(args, f.name)) is not None}
-    subjects = _subjects(args, argv)
-    if not subjects:
-        for name in ("mask", *reference_options()):
-            if name in given or (name == "mask" and args.mask):
-                raise UserError(f"`{name}`: needs a reference picture to act on; pass --reference IMG")
-    elif args.model is not None and args.adapter is None:
-        raise UserError("`references`: no adapter is loaded; pass --adapter DIR, or leave the references out")
+    kind = _with_options()
+    args, like = parse(kind, argv, PROG, EXAMPLES), recipe.Like()
+    if args.like or args.options or args.preset:
+        argv, like = recipe.complete(kind, args, argv, lambda words: parse(kind, words, PROG))
+        args = parse(kind, argv, PROG)
+    _check_needed(args)
+    given, subjects = _given_options(args), _subjects(args, argv)
+    _check_subjects(args, given, subjects)
     options = SampleOptions(**given)
 
     from dynaip_jax import images
     from dynaip_jax.sampling.request import make_request
 
-    noise = None if args.noise is None else _load_noise(args.noise)
-    each = (options.num_images or 1) if noise is None else len(noise) if noise.ndim else 1
+    noise = None if args.noise is None else _load_noise(args.noise, args.noise_row, like)
+    if noise is None:
+        options = _with_seed(options, args.random_seed)
+    each, seed = (options.num_images or 1, options.seed or 0) if noise is None else (len(noise), None)
     if each * len(args.prompt) > MOST:
         raise UserError(f"`num_images`: {len(args.prompt)} prompts of {each} pictures; expected at most {MOST} in all")
-    outputs = _outputs(args.output, each * len(args.prompt))
+    outputs = naming.outputs(args.output, args.prompt, each, seed, time.localtime())
     for path in outputs:
         images.check_png_path(path, overwrite=args.overwrite)
     pictures = [images.load_image(subject.picture) for subject in subjects]
+    like.check("references", "reference_fingerprint", [images.digest(picture) for picture in pictures])
 
-    opened, made_with = _open(args, bool(subjects))
+    opened = _open(args, bool(subjects))
     request = make_request(
         opened.model,
         args.prompt if len(args.prompt) > 1 else args.prompt[0],
@@ -149,9 +161,13 @@ def main(argv: Sequence[str]) -> int:
         noise=noise,
         options=options,
     )
+    like.check("masks", "mask_fingerprint", [images.digest(mask.values) for mask in request.subjects.masks])
+    for option, settings in (("bundle", ("base", "model_fingerprint")), ("adapter", ("adapter_fingerprint",))):
+        for setting in settings:
+            like.check(option, setting, opened.settings[setting])
     for note in request.notes:
-        print(f"warning: {note}", file=sys.stderr)
-    saving = Saving(outputs, made_with | _given_files(args, subjects), overwrite=args.overwrite)
+        print(f"warning: {UserError(note).told(lambda name: FLAGS.get(name) or flag(name))}", file=sys.stderr)
+    saving = Saving(outputs, _given_files(args, subjects), overwrite=args.overwrite)
     with interrupts.at_stake(saving.lost):
         _make(opened, request, subjects, saving)
     return 1 if saving.elsewhere else 0
@@ -171,11 +187,36 @@ def _make(opened: Opened, request: Request, subjects: Sequence[Subject], saving:
     saving.grid()
 
 
+def _check_needed(args: Any) -> None:
+    """Raises `UserError` for what is missing whatever else is asked for, and for two answers to one question."""
+    if not args.prompt:
+        raise UserError("`prompt`: none given; expected at least one; pass --prompt TEXT")
+    if args.output is None:
+        raise UserError("`output`: none given; expected the picture's name; pass --output OUT.png")
+    chosen = [name for name in ("noise", "random_seed", "seed") if getattr(args, name) not in (None, False)]
+    if len(chosen) > 1:
+        raise UserError(f"`{chosen[0]}`: it fixes what `{chosen[1]}` would choose; pass either")
+    if args.noise_row is not None and args.noise is None:
+        raise UserError("`noise_row`: no noise to take it from; pass --noise FILE.npy, or leave it out")
+
+
+def _check_subjects(args: Any, given: dict[str, Any], subjects: Sequence[Subject]) -> None:
+    """Raises `UserError` for what acts on subjects where there are none, and for an adapter that is missing or accepted without need."""
+    if not subjects:
+        for name in ("mask", *reference_options()):
+            if name in given or (name == "mask" and args.mask):
+                raise UserError(f"`{name}`: needs a reference picture to act on; pass --reference IMG")
+    elif args.model is not None and args.adapter is None:
+        raise UserError("`references`: no adapter is loaded; pass --adapter DIR, or leave the references out")
+    if args.any_base and args.adapter is None:
+        raise UserError("`any_base`: no adapter to accept; pass --adapter DIR, or leave it out")
+    texts("prompt", args.prompt)
+    texts("words", [subject.words for subject in subjects])
+
+
 def _with_options() -> type[Any]:
     """`Arguments` and a flag for each field of `SampleOptions`, None where it is not given."""
-    hints = get_type_hints(SampleOptions) | dict(
-        image_scale=float, text_gain=float, granularity=Levels
-    )  # for all alike
+    hints = get_type_hints(SampleOptions) | dict.fromkeys(EACH, tuple[float, ...])
     flags: list[tuple[str, Any, Any]] = []
     for f in fields(SampleOptions):
         group = REFERENCE if f.metadata["reference"] else PICTURE
@@ -183,6 +224,27 @@ def _with_options() -> type[Any]:
         flags.append((f.name, hints[f.name] | None, field))
     doc = dict(__doc__=Arguments.__doc__)
     return make_dataclass("SampleArguments", flags, bases=(Arguments,), frozen=True, namespace=doc)
+
+
+def _given_options(args: Any) -> dict[str, Any]:
+    """The fields of `SampleOptions` that are given; numbers for all subjects alike, or for each of them."""
+    given = {f.name: value for f in fields(SampleOptions) if (value := getattr(args, f.name)) is not None}
+    for name, size in EACH.items():
+        numbers = given.get(name, ())
+        if len(numbers) == 1 and size == 1:
+            given[name] = numbers[0]
+        elif len(numbers) > size > 1 and len(numbers) % size == 0:
+            given[name] = tuple(numbers[n : n + size] for n in range(0, len(numbers), size))
+    return given
+
+
+def _with_seed(options: SampleOptions, by_chance: bool) -> SampleOptions:
+    """The options with a seed, which is said if it was drawn."""
+    if by_chance:
+        options = replace(options, seed=secrets.randbelow(SEEDS + 1 - (options.num_images or 1)))
+        print(f"seed {options.seed}", file=sys.stderr)
+    options.seeds()
+    return options
 
 
 def _subjects(args: Arguments, argv: Sequence[str]) -> list[Subject]:
@@ -200,24 +262,31 @@ def _subject(text: str) -> Subject:
     return Subject(Path(picture), words)
 
 
-def _load_noise(path: Path) -> np.ndarray:
+def _load_noise(path: Path, row: int | None, like: recipe.Like) -> np.ndarray:
+    """Initial latents `[b, c, h, w]`, or one `row` of them, of which the pipeline checks the rest."""
     import numpy as np
 
+    from dynaip_jax import images
+
+    expected = "expected a .npy file of floats [b, c, h, w]"
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"`noise` {path}: cannot be read as a NumPy array ({e}); expected a .npy file of floats") from e
+        noise = np.load(path, allow_pickle=False)
+    except Exception as e:  # a broken header can make NumPy's reader fail in any way
+        reason = " ".join(str(e).split())[:120]
+        raise UserError(f"`noise` {path}: cannot be read as a NumPy array ({reason}); {expected}; save it anew") from e
+    if not isinstance(noise, np.ndarray):
+        raise UserError(f"`noise` {path}: an .npz archive of several arrays; {expected}; save one with np.save")
+    if noise.ndim != 4 or not noise.size or noise.dtype.kind != "f":
+        raise UserError(f"`noise` {path}: found {noise.dtype} {list(noise.shape)}; {expected}; save another")
+    if row is not None and not 0 <= row < len(noise):
+        raise UserError(f"`noise_row` {row}: expected a number from 0 to {len(noise) - 1}, a row of {path}")
+    noise = noise if row is None else noise[row : row + 1]
+    like.check("noise", "noise_fingerprint", [images.digest(one) for one in noise.astype(np.float32)])
+    return noise
 
 
-def _outputs(output: str, count: int) -> list[str | Path]:
-    """The file of the picture, as it was given; of several the grid's file, then one each."""
-    path = Path(output)
-    each = [path.with_name(f"{path.stem}_{k}.png") for k in range(count)] if path.name else []
-    return [output, *each] if count > 1 else [output]
-
-
-def _open(args: Arguments, with_references: bool) -> tuple[Opened, dict[str, Any]]:
-    """The model, whose weights are still to be read, and what the settings of a picture say of it."""
+def _open(args: Arguments, with_references: bool) -> Opened:
+    """The model, whose weights are still to be read."""
     from dynaip_jax.runtime.sharding import parse_mesh
     from dynaip_jax.sampling.opening import open_model
 
@@ -234,7 +303,7 @@ def _open(args: Arguments, with_references: bool) -> tuple[Opened, dict[str, Any
             f"{' '.join(caption_words())}; pass --model for another",
             file=sys.stderr,
         )
-    opened = open_model(
+    return open_model(
         model,
         adapter,
         dtype=args.dtype,
@@ -244,12 +313,6 @@ def _open(args: Arguments, with_references: bool) -> tuple[Opened, dict[str, Any
         weights=args.weights,
         offload_text=args.offload_text,
     )
-    return opened, dict(
-        program=f"dynaip_jax {__version__}",
-        model=str(model),
-        base=opened.model.bundle.fingerprint,
-        adapter=None if adapter is None else str(adapter),
-    )
 
 
 def _given_files(args: Arguments, subjects: Sequence[Subject]) -> dict[str, Any]:
@@ -258,7 +321,7 @@ def _given_files(args: Arguments, subjects: Sequence[Subject]) -> dict[str, Any]
         reference=[str(subject.picture) for subject in subjects],
         mask=[str(mask) for mask in args.mask],
         noise=None if args.noise is None else str(args.noise),
-    )
+    ) | ({} if args.noise_row is None else dict(noise_row=args.noise_row))
 
 
 def _tell(part: Generation, subjects: Sequence[Subject]) -> None:
@@ -268,76 +331,3 @@ def _tell(part: Generation, subjects: Sequence[Subject]) -> None:
     if part.routing is not None:
         for subject, (low, mid, high) in zip(subjects, part.routing, strict=True):
             print(f"{subject.picture}: routing weights low {low:.3f}, mid {mid:.3f}, high {high:.3f}", file=sys.stderr)
-
-
-class Saving:
-    """Writes pictures with their settings as they are done, then the grid of several; prints the names, and knows what is lost.
-
-    `outputs`: as from `_outputs`; `made_with`: settings that all have; `elsewhere`: whether a picture lies under another name.
-    """
-
-    def __init__(self, outputs: Sequence[str | Path], made_with: dict[str, Any], *, overwrite: bool):
-        self._outputs, self._made_with, self._overwrite = outputs, made_with, overwrite
-        self._singles = outputs[1:] or outputs
-        self._cells: list[Any] = []
-        self._seeds: list[int | None] = []
-        self._settings: dict[str, Any] = {}
-        self.elsewhere = False
-
-    @property
-    def done(self) -> int:
-        """Pictures that are saved."""
-        return len(self._cells)
-
-    def lost(self) -> str:
-        """What there will not be if the command ends now."""
-        if self.done < len(self._singles):
-            one = len(self._singles) == 1
-            return (
-                "the picture is lost"
-                if one
-                else f"{len(self._singles) - self.done} of {len(self._singles)} pictures are lost"
-            )
-        return "there is no grid" if len(self._outputs) > 1 else ""
-
-    def add(self, part: Generation) -> None:
-        """Saves some pictures."""
-        self._settings = self._settings or part.settings | self._made_with
-        seeds: list[int | None] = list(part.seeds) if part.seeds else [None] * len(part.images)
-        for image, prompt, seed in zip(part.images, part.prompts, seeds, strict=True):
-            own = part.settings | self._made_with | dict(prompt=prompt, seed=seed)
-            self._keep(image, self._singles[self.done], own)
-            self._seeds.append(seed)
-            self._cells.append(self._cell(image))
-
-    def grid(self) -> None:
-        """Saves the grid, if there are several pictures."""
-        from dynaip_jax import images
-
-        if len(self._outputs) > 1:
-            self._keep(images.grid(self._cells), self._outputs[0], self._settings | dict(seed=self._seeds))
-
-    def _cell(self, image: Any) -> Any:
-        """The picture, smaller where the grid would have too many pixels."""
-        share = (GRID_PIXELS / (image.width * image.height * len(self._singles))) ** 0.5
-        if share >= 1:
-            return image
-        return image.resize((max(1, int(image.width * share)), max(1, int(image.height * share))))
-
-    def _keep(self, image: Any, path: str | Path, settings: dict[str, Any]) -> None:
-        from dynaip_jax import images
-
-        kept = images.keep_png(image, path, settings, overwrite=self._overwrite)
-        if kept.reason is not None:
-            self.elsewhere = True
-            print(f"warning: {path}: cannot be written ({kept.reason}); saved as {kept.path}", file=sys.stderr)
-        _print_name(kept.path)
-
-
-def _print_name(path: Path) -> None:
-    """Prints a name on stdout. That nobody reads it any more, or that it cannot be shown, stops nothing."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(str(path).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)

@@ -22,6 +22,7 @@ from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.runtime import memory
 from dynaip_jax.runtime.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device
+from dynaip_jax.sampling.settings import made_with
 from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import from_dict
@@ -42,12 +43,14 @@ class Described(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A model whose weights are still to be read: the `folder` of its adapter, and where they are to be."""
+    """A model whose weights are still to be read: the `folder` of its adapter, and where they are to be. `settings`: what those of
+    pictures say of it, as JSON holds them."""
 
     model: Described
     folder: str | Path | None
     mesh: Mesh | None
     offload_text: bool
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def read(self) -> tuple[dict[str, Any], Any]:
         """The parameters of every component, and the adapter's (None without one). Raises `UserError` for files that are damaged or
@@ -123,7 +126,8 @@ def open_model(
         family = family.with_injection(config.injection)
     grid = None if mesh is None else make_mesh(mesh)
     tokenizers = family.load_tokenizers(opened.path / "tokenizers")
-    return Opened(Described(opened, family, tokenizers, config), adapter, grid, offload_text)
+    loaded = made_with(opened, adapter, compute, any_base=any_base, mesh=grid)
+    return Opened(Described(opened, family, tokenizers, config), adapter, grid, offload_text, loaded)
 
 
 def remedies(family: Family, offloaded: bool) -> str:

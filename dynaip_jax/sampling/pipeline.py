@@ -37,6 +37,7 @@ from dynaip_jax.sampling.opening import Described, Opened, open_model, remedies
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.progress import Progress
 from dynaip_jax.sampling.request import Request, make_request, warn
+from dynaip_jax.sampling.settings import record
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.types import ImagePrompt, TextCondition
 
@@ -47,7 +48,8 @@ class Generation:
 
     `images`; of each the prompt (`prompts`) and its seed (`seeds`, None with injected noise); `routing`: float32 `[s, 3]`, low, mid
     and high weight of each reference (averaged over tokens for a token router), None without references; `options`: as they
-    were used, defaults filled in; `settings`: all that a PNG file says of it, as JSON holds it; `warnings`: lines worth showing.
+    were used, defaults filled in; `settings`: what PNG files say of all of them, as JSON holds it (of one: `settings_of`); `warnings`:
+    lines worth showing; `rows`: of each picture its row of injected noise, None with seeds.
     """
 
     images: list[Image.Image]
@@ -57,6 +59,15 @@ class Generation:
     options: SampleOptions
     settings: dict[str, Any]
     warnings: list[str]
+    rows: list[int] | None = None
+
+    def settings_of(self, k: int) -> dict[str, Any]:
+        """What the PNG file of picture `k` says: `settings` with its own prompt, and its seed or its row of the noise."""
+        own = self.settings | dict(prompt=self.prompts[k])
+        if self.seeds is not None or self.rows is None:
+            return own | dict(seed=None if self.seeds is None else self.seeds[k])
+        row = self.rows[k]
+        return own | dict(seed=None, noise_row=row, noise_fingerprint=[self.settings["noise_fingerprint"][row]])
 
 
 class DynaIPPipeline:
@@ -73,10 +84,12 @@ class DynaIPPipeline:
         tokenizers: Tokenizers,
         adapter: tuple[DynaIPConfig, Any] | None,
         mesh: Mesh | None = None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ):
+        """`settings`: what those of pictures say of how it was loaded (`settings.made_with`)."""
         self.bundle, self.family, self.tokenizers, self.adapter, self.mesh = bundle, family, tokenizers, adapter, mesh
         self.model = Described(bundle, family, tokenizers, None if adapter is None else adapter[0])
-        self.defaults = self.model.defaults
+        self.defaults, self.settings = self.model.defaults, MappingProxyType(dict(settings))
         self._transformer = Arranged(params["transformer"])
         self._params = {name: tree for name, tree in params.items() if name != "transformer"}
 
@@ -129,15 +142,16 @@ class DynaIPPipeline:
     def read(cls, opened: Opened) -> DynaIPPipeline:
         """Reads the weights of an opened model. Raises `UserError` as `load`."""
         (bundle, family, tokenizers, config), (params, adapter) = opened.model, opened.read()
-        return cls(bundle, family, params, tokenizers, None if config is None else (config, adapter), opened.mesh)
+        with_adapter = None if config is None else (config, adapter)
+        return cls(bundle, family, params, tokenizers, with_adapter, opened.mesh, opened.settings)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        references: Sequence[Picture] = (),
+        references: Picture | Sequence[Picture] = (),
         *,
-        masks: Sequence[str | Path | np.ndarray] = (),
-        words: Sequence[str] = (),
+        masks: Picture | Sequence[Picture] = (),
+        words: str | Sequence[str] = (),
         noise: np.ndarray | None = None,
         options: SampleOptions | None = None,
         progress: bool | Callable[[], object] = False,
@@ -147,7 +161,9 @@ class DynaIPPipeline:
 
         - `prompt`: one, or several, whose pictures are made in one batch: first all of the first prompt, and so on;
         - `references`: one picture a subject; `masks`: none, or one a reference, white where that subject may appear in the output;
-        - `words`: none, or one a reference: the words of the prompt that name that subject ("" where there are none);
+          a picture is a path, the bytes of a file, a PIL image, or an array `[H, W, 3]` (see `images.load_image`, `images.read_mask`);
+        - `words`: none, or one a reference: the words of the prompt that name that subject ("" where there are none; "star#2":
+          the second star);
         - `noise` `[b, c, h, w]`: initial latents in place of seeds, for each prompt the same;
         - `options`, and `changes` to them by name: see `SampleOptions`. What stays None takes the bundle's default;
         - `progress`: True shows a bar; a function is called at each step.
@@ -155,6 +171,7 @@ class DynaIPPipeline:
         All pictures are made at once unless `at_once` says otherwise or the memory does not hold that; see `draw` for pictures as
         they are done.
 
+        What is accepted although it is lost or changes nothing is said in `warnings` of the result, and as Python warnings.
         Raises `UserError` for options that do not fit the model or each other, for non-finite results, and for too little memory.
         """
         request = make_request(
@@ -163,7 +180,9 @@ class DynaIPPipeline:
         warn(request, 2)
         return _joined(request, list(self.draw(request, progress)))
 
-    def request(self, prompt: str | Sequence[str], references: Sequence[Picture] = (), **given: Any) -> Request:
+    def request(
+        self, prompt: str | Sequence[str], references: Picture | Sequence[Picture] = (), **given: Any
+    ) -> Request:
         """Checks a call, whose arguments these are, for `draw`. Raises `UserError` for what does not fit the model or each other."""
         own = {name: given.pop(name) for name in ("masks", "words", "noise", "options") if name in given}
         return make_request(self.model, prompt, references, **own, changes=given)
@@ -214,9 +233,15 @@ class DynaIPPipeline:
             seeds=None if request.seeds is None else [request.seeds[k % request.each] for k in pictures],
             routing=routing,
             options=request.options,
-            settings=_settings(request, routing, made.reused),
+            settings={**self.settings, **self._record(request, routing, made.reused)},
             warnings=request.notes,
+            rows=None if request.noise is None else [k % request.each for k in pictures],
         )
+
+    def _record(self, request: Request, routing: np.ndarray | None, reused: int | None) -> dict[str, Any]:
+        """The settings that all pictures of a call share."""
+        asked = (request.prompt, request.options, request.subjects, request.mode, request.noise)
+        return record(*asked, routing=routing, reused=reused)
 
     def encode_text(self, prompts: Sequence[str]) -> TextCondition:
         """The text condition of `prompts`, a row each."""
@@ -279,8 +304,8 @@ def _first(part: Generation, count: int) -> Generation:
     """The first pictures of a part."""
     if count == len(part.images):
         return part
-    seeds = None if part.seeds is None else part.seeds[:count]
-    return dataclasses.replace(part, images=part.images[:count], prompts=part.prompts[:count], seeds=seeds)
+    seeds, rows = (None if each is None else each[:count] for each in (part.seeds, part.rows))
+    return dataclasses.replace(part, images=part.images[:count], prompts=part.prompts[:count], seeds=seeds, rows=rows)
 
 
 def _joined(request: Request, parts: Sequence[Generation]) -> Generation:
@@ -294,21 +319,5 @@ def _joined(request: Request, parts: Sequence[Generation]) -> Generation:
         prompts=[text for part in parts for text in part.prompts],
         seeds=None if request.seeds is None else [seed for part in parts for seed in part.seeds or ()],
         settings=settings,
+        rows=None if request.seeds is not None else [row for part in parts for row in part.rows or ()],
     )
-
-
-def _settings(request: Request, routing: np.ndarray | None, reused: int | None) -> dict[str, Any]:
-    """What a PNG file says of how it was made."""
-    used = request.options
-    settings = dict(prompt=request.prompt) | {
-        name: getattr(used, name) for name in ("steps", "guidance", "height", "width")
-    }
-    if used.true_cfg is not None:
-        settings |= dict(negative_prompt=used.negative_prompt, true_cfg=used.true_cfg)
-    if reused is not None:
-        settings |= dict(cache_threshold=used.cache_threshold, cached_steps=reused)
-    if routing is not None:
-        names = ("image_scale", "text_gain", "granularity", "merge", "image_start", "image_end", "fit")
-        settings |= {name: getattr(used, name) for name in names}
-        settings |= dict(words=list(request.subjects.words), regions=request.mode, routing=routing.round(4).tolist())
-    return settings

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from dynaip_jax.app import sample
+from dynaip_jax.app import saving
 from dynaip_jax.errors import UserError
 from dynaip_jax.images.files import read_settings
 from dynaip_jax.sampling import opening, pipeline
@@ -80,6 +80,9 @@ def broken(tmp_path, tiny, photograph):
     Image.new("L", (32, 64), 255).save(files["tall.png"])
     files["bad.npy"].write_bytes(b"no")
     np.save(files["flat.npy"], np.zeros((1, 16, 4, 5), np.float32))
+    files["many.npy"] = folder / "many.npy"
+    with files["many.npy"].open("wb") as file:
+        np.savez(file, np.zeros((1, 16, 4, 4), np.float32))
     np.save(files["nan.npy"], np.full((1, 16, 4, 4), np.nan, np.float32))
 
     def model(name, change):
@@ -168,6 +171,7 @@ CASES = {
     "cfg alone": ("--true-cfg 3", "--true-cfg 3.*--negative-prompt"),
     "noise file": ("--noise {bad.npy}", "bad.npy"),
     "noise shape": ("--noise {flat.npy}", r"\[1, 16, 4, 5\].*\[b, 16, 4, 4\]"),
+    "noise archive": ("--noise {many.npy}", "many.npy: an .npz archive of several arrays; expected a .npy file"),
     "noise nan": ("--noise {nan.npy}", "--noise: holds NaN"),
     "noise and seed": ("--noise {nan.npy} --seed 3", "--noise.*--seed"),
     "output name": ("--output {empty}/x.jpg", "expected .png"),
@@ -192,6 +196,11 @@ CASES = {
     "adapter tensor missing": ("--reference {good} --adapter {thin}", "double.key: found None"),
     "adapter truncated": ("--reference {good} --adapter {half}", "not a whole safetensors file"),
     "clip of another width": ("--reference {good} --adapter {needs-1024} --model {wide}", "width 1024"),
+    "any base without adapter": ("--any-base", "--any-base: no adapter to accept; pass --adapter DIR"),
+    "prompt that is not UTF-8": ("--prompt a\udce9", "--prompt 2: not UTF-8 from character 2 on"),
+    "mask that is missing": ("--reference {good} --mask {missing.png}", "missing.png: no such file"),
+    "mask that is a folder": ("--reference {good} --mask {empty}", "empty: a folder; expected a picture"),
+    "reference by address": ("--reference https://example.com/a.png", "example.com/a.png: an address, not a file.*download it"),
     "no clip in the model": ("--reference {good} --adapter {stranger} --any-base --model {blind}", "no clip_vision.*--clip-vision"),
     "reference without adapter": ("--reference {good}", "--adapter DIR"),
 }  # fmt: skip
@@ -248,6 +257,16 @@ def test_long_prompt_warns_and_draws(dynaip, tiny, tmp_path):
         "sample", "--model", tiny[0], "--prompt", "y" * 75 + "tail", "--output", tmp_path / "o.png", *SMALL
     )
     assert status == 0 and stderr == "warning: prompt: the CLIP encoder takes no more; it does not see: 'tail'\n"
+
+
+def test_what_changes_nothing_is_told_by_flags(dynaip, tiny, photograph, tmp_path):
+    status, _, stderr = dynaip(
+        "sample", "--model", tiny[0], "--adapter", tiny[1], "--prompt", "a cup", "--subject", f"{photograph}=cup", "--image-start", "0.7",
+        "--merge", "sum", "--output", tmp_path / "o.png", *SMALL,
+    )  # fmt: skip
+    lines = [line for line in stderr.splitlines() if line.startswith("warning: ")]
+    assert status == 0 and [line.split()[1] for line in lines] == ["--subject", "--merge", "--image-start"]
+    assert "one subject alone" in lines[0] and "--mask would give it a place" in lines[0]
 
 
 def test_any_base_is_an_answer_to_a_foreign_fingerprint(dynaip, broken, tiny, photograph, tmp_path):
@@ -367,7 +386,7 @@ def test_of_several_pictures_it_is_said_how_many_are_lost(tmp_path):
 
 
 def test_a_grid_of_many_pictures_is_of_smaller_ones(dynaip, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "GRID_PIXELS", 32 * 32)
+    monkeypatch.setattr(saving, "GRID_PIXELS", 32 * 32)
     options = ("--prompt", "a cup", "--num-images", 4, *SMALL)
     assert dynaip("sample", "--model", tiny[0], "--output", tmp_path / "o.png", *options)[0] == 0
     assert Image.open(tmp_path / "o_3.png").size == (32, 32) and Image.open(tmp_path / "o.png").size == (32, 32)

@@ -203,6 +203,25 @@ def test_references_as_path_picture_or_array_are_one(pipe, photograph):
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
+def test_a_bare_picture_mask_or_word_is_one(pipe, photograph, tmp_path):
+    Image.fromarray(np.where(np.arange(48) < 24, 255, 0).astype(np.uint8) * np.ones((32, 1), np.uint8)).save(
+        tmp_path / "m.png"
+    )
+    for bare in (str(photograph), Image.open(photograph), photographs()[1], photograph.read_bytes()):
+        result = pipe("a cat", bare, masks=str(tmp_path / "m.png"), words="cat", **SIZE)
+        assert result.settings["words"] == ["cat"] and result.settings["regions"] == "masks"
+
+
+def test_what_changes_nothing_is_in_the_result_and_a_warning(pipe, base):
+    with pytest.warns(UserWarning, match="`image_start` 0.8 `image_end` 1.0: none of 3 steps"):
+        result = pipe("a cat", photographs()[:1], image_start=0.8, **SIZE)
+    assert len(result.warnings) == 1
+    with pytest.warns(UserWarning, match="`image_scale`: without a reference"):
+        draw(base, image_scale=0.5)
+    with pytest.raises(UserError, match="`any_base`: no adapter to accept"):
+        DynaIPPipeline.load(base.bundle.path, any_base=True)
+
+
 def test_a_base_can_ask_for_true_cfg(base, plain, monkeypatch):
     """Its bundle's defaults say so: it then steers away from the empty prompt, unless told otherwise."""
     explicit = draw(base, negative_prompt="", true_cfg=3.0)
