@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from dynaip_jax.app import saving
+from dynaip_jax.app.saving import Saving
 from dynaip_jax.errors import UserError
 from dynaip_jax.images.files import read_settings
 from dynaip_jax.sampling import opening, pipeline
@@ -376,7 +377,7 @@ def test_interrupted_while_denoising(tiny, tmp_path, number, status):
 
 
 def test_of_several_pictures_it_is_said_how_many_are_lost(tmp_path):
-    saving = sample.Saving([tmp_path / "o.png", tmp_path / "o_0.png", tmp_path / "o_1.png"], {}, overwrite=False)
+    saving = Saving([tmp_path / "o.png", tmp_path / "o_0.png", tmp_path / "o_1.png"], {}, overwrite=False)
     lost = [saving.lost()]
     for seed in range(2):
         image = Image.new("RGB", (16, 16))
