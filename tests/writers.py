@@ -242,7 +242,8 @@ def _child(write: Callable[[Path, Path], int], sources: Path, out: Path, log: Pa
 class Faults:
     """The faults of one writer, in a folder `place` of its own."""
 
-    def __init__(self, name: str, sources: Path, place: Path):
+    def __init__(self, name: str, sources: Path, place: Path, mount: bool = True):
+        self._mount = mount and os.geteuid() == 0 and shutil.which("mount") is not None
         self.name, self.writer, self.sources, self.place = name, WRITERS[name], sources, place
         self.out, self.wrong = place / "out", []
 
@@ -327,11 +328,25 @@ class Faults:
         second.kill()
         self.again(self.out, "a second one while one writes")
 
+    @contextlib.contextmanager
+    def disk(self, name: str, size: int) -> Iterator[Path | None]:
+        """A file system in memory, gone afterwards; None, and a plain folder, where none can be mounted."""
+        place = self.place / name
+        place.mkdir()
+        tmpfs = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]
+        mounted = self._mount and subprocess.run(tmpfs, capture_output=True).returncode == 0
+        try:
+            yield place if mounted else None
+        finally:
+            if mounted:
+                subprocess.run(["umount", "-l", place], check=True)
+            shutil.rmtree(place, ignore_errors=True)
+
     def full(self) -> None:
         """An old result, then room for a part of the new one."""
         size = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
         largest = max(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
-        with disk(self.place / "small", max(int(2.3 * size), 1 << 20)) as mounted:
+        with self.disk("small", max(int(2.3 * size), 1 << 20)) as mounted:
             small = mounted or self.place / "small"
             shutil.copytree(self.out, small / "out")
             if self.name == "run":
@@ -354,7 +369,7 @@ class Faults:
                     self.again(small / "out", "full disk")
 
     def read_only(self) -> None:
-        with disk(self.place / "closed", 1 << 28) as mounted:
+        with self.disk("closed", 1 << 28) as mounted:
             closed = mounted or self.place / "closed"
             shutil.copytree(self.out, closed / "out")
             if mounted:
@@ -371,22 +386,6 @@ class Faults:
             if not mounted:
                 for path in (closed, closed / "out"):
                     path.chmod(0o755)
-
-
-@contextlib.contextmanager
-def disk(place: Path, size: int) -> Iterator[Path | None]:
-    """A file system in memory at the new folder `place`, gone afterwards; None, and a plain folder, where none can be mounted."""
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True
-    ) if shutil.which("mount") and os.geteuid() == 0 else None  # fmt: skip
-    mounted = done is not None and done.returncode == 0
-    try:
-        yield place if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", place], check=True)
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def main() -> int:

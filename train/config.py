@@ -181,6 +181,7 @@ class TrainConfig:
         for name in ("guidance", "time_mean", "time_std"):
             in_range(name, getattr(self, name), -1e3 if name == "time_mean" else 0, 1e3, above=name == "time_std")
         in_range("seed", self.seed, 0, SEEDS)
+        in_range("distributed.timeout", self.distributed.timeout, 0, 1e6, above=True)
         if not 0 <= self.random_granularity <= 1:
             raise UserError(f"`random_granularity` {self.random_granularity}: expected a share from 0 to 1")
         if self.batch % self.accumulate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ from etils import epath
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.codec import from_dict, to_dict
 from dynaip_jax.storage.folders import copy_tree, is_bucket
-from dynaip_jax.storage.locks import hold, holder_of
+from dynaip_jax.storage.locks import hold, hold_in_bucket, holder_of
 from dynaip_jax.storage.renames import partials, write_new
 from train.config import TrainConfig, differing
 
@@ -83,17 +84,15 @@ def check_free(workdir: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def only_trainer(workdir: epath.PathLike) -> Iterator[None]:
-    """Makes `workdir`, and keeps other trainers out of it while the block runs. Raises `UserError` that names the one in it.
-
-    A bucket has no locks: there nobody is kept out.
-    """
-    if is_bucket(workdir):
-        yield
-        return
+    """Makes `workdir`, and keeps other trainers out of it while the block runs. Raises `UserError` that names the one in it."""
     with contextlib.ExitStack() as held:
         with disk_errors(workdir):
             epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold(_local(workdir) / LOCK, lambda holder: _busy(workdir, holder)))
+            busy = functools.partial(_busy, workdir)
+            if is_bucket(workdir):
+                held.enter_context(hold_in_bucket(epath.Path(workdir) / LOCK, busy))
+            else:
+                held.enter_context(hold(_local(workdir) / LOCK, busy))
         yield
 
 
@@ -119,7 +118,7 @@ def claim_workdir(
                 path.rmtree() if path.is_dir() and not os.path.islink(path) else path.unlink()
         if not is_bucket(workdir):
             for folder in (workdir, workdir / "samples", workdir / "tensorboard"):
-                for path in partials(_local(folder)):
+                for path in [*partials(_local(folder)), *_local(folder).glob(".seen-*")]:
                     path.unlink()
         text = json.dumps(dict(identity) | dict(config=to_dict(config)), indent=2)
         write_whole(run, (text + "\n").encode())

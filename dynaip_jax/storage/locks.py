@@ -8,16 +8,21 @@ import fcntl
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from dynaip_jax.errors import UserError
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}  # a file system without locks
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-SETTLE = 0.5  # seconds after which two that began at once see each other, where the file system has no locks
+SETTLE = 0.5  # seconds after which two that began at once see each other, where there are no locks
+BEAT = 20.0  # seconds between two signs of life of a holder in a bucket
 
 
 @contextlib.contextmanager
@@ -34,7 +39,7 @@ def hold(file: Path, refusal: Callable[[str], UserError]) -> Iterator[None]:
             raise refusal(_told(_facts(file)))
         if locked is None and _may_live(_facts(file)):
             raise refusal(f"{_told(_facts(file))}; if it has ended, delete {file}")
-        own = dict(host=socket.gethostname(), pid=os.getpid(), began=_began(os.getpid()), since=time.time())
+        own = _own_facts()
         os.ftruncate(lock, 0)
         try:
             os.pwrite(lock, json.dumps(own).encode(), 0)
@@ -49,6 +54,44 @@ def hold(file: Path, refusal: Callable[[str], UserError]) -> Iterator[None]:
                 file.unlink(missing_ok=True)  # while it is held: who opened it a moment ago sees that it is gone
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def hold_in_bucket(file: epath.Path, refusal: Callable[[str], UserError]) -> Iterator[None]:
+    """As `hold`, in a bucket, which has no locks: the holder writes the file anew every `BEAT` seconds, and one that others do not see
+    change in two and a half times as long was left by a kill. So a dead holder of another host keeps the next one waiting that long."""
+    other = _facts(file)
+    if other.get("host") == socket.gethostname():
+        if _may_live(other):
+            raise refusal(_told(other))
+    elif other:
+        print(f"{file}: left by {_told(other)}; waits for {2.5 * BEAT:g} s to see whether it lives", file=sys.stderr)
+        time.sleep(2.5 * BEAT)
+        if _facts(file) not in (other, {}):
+            raise refusal(_told(_facts(file)))
+    own, over = _own_facts(), threading.Event()
+    file.write_text(json.dumps(own))
+    time.sleep(SETTLE)
+    if _facts(file) != own:
+        raise refusal(_told(_facts(file)))
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            with contextlib.suppress(Exception):  # the next one may reach the bucket
+                file.write_text(json.dumps(own | dict(alive=time.time())))
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+
+
+def _own_facts() -> dict[str, Any]:
+    return dict(host=socket.gethostname(), pid=os.getpid(), began=_began(os.getpid()), since=time.time())
 
 
 def holder_of(file: Path) -> str | None:
@@ -94,10 +137,10 @@ def _locked(file: int, kind: int) -> bool | None:
     return True
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def _facts(file: Path | epath.Path) -> dict[str, Any]:
     """What the lock says of its holder; empty if it says nothing."""
     try:
-        with open(file, "rb") as f:
+        with file.open("rb") as f:
             facts = json.loads(f.read(4096))
     except (OSError, ValueError):
         return {}

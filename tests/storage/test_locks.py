@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage import locks
-from dynaip_jax.storage.locks import hold, holder_of
+from dynaip_jax.storage.locks import hold, hold_in_bucket, holder_of
 
 HOLD = """
 import sys, time
@@ -114,3 +115,42 @@ def test_without_locks_two_that_begin_at_once_see_each_other(tmp_path, without_l
     with pytest.raises(UserError, match="process 7 on other"), hold(file, refusal):
         pass
     assert file.exists()
+
+
+@pytest.fixture
+def object_(bucket, monkeypatch):
+    """A lock in a bucket, whose holder shows life more often than usual."""
+    monkeypatch.setattr(locks, "BEAT", 0.2)
+    monkeypatch.setattr(locks, "SETTLE", 0.01)
+    return epath.Path(bucket) / "run" / "lock"
+
+
+def test_in_a_bucket_a_holder_that_lives_keeps_others_out(object_, monkeypatch, capsys):
+    with hold_in_bucket(object_, refusal):
+        with pytest.raises(UserError, match=f"held by process {os.getpid()} on"), hold_in_bucket(object_, refusal):
+            pass
+        facts = json.loads(object_.read_text())
+        monkeypatch.setattr(locks.socket, "gethostname", lambda: "elsewhere")
+        with (
+            pytest.raises(UserError, match=f"process {facts['pid']} on {facts['host']}"),
+            hold_in_bucket(object_, refusal),
+        ):
+            pass
+        assert "to see whether it lives" in capsys.readouterr().err and object_.exists()
+    assert not object_.exists()
+
+
+def test_in_a_bucket_what_a_kill_left_is_taken(object_):
+    gone = dict(host=socket.gethostname(), pid=2**22 + 1, began="1", since=0)
+    for facts in (gone, gone | dict(host="elsewhere")):
+        object_.write_text(json.dumps(facts))
+        with hold_in_bucket(object_, refusal):
+            assert json.loads(object_.read_text())["pid"] == os.getpid()
+        assert not object_.exists()
+
+
+def test_in_a_bucket_two_that_begin_at_once_see_each_other(object_, monkeypatch):
+    monkeypatch.setattr(locks.time, "sleep", lambda _: object_.write_text('{"host": "other", "pid": 7, "since": 0}'))
+    with pytest.raises(UserError, match="process 7 on other"), hold_in_bucket(object_, refusal):
+        pass
+    assert object_.exists()
