@@ -1,0 +1,133 @@
+"""What a dataset of many rows costs: time to open and to order it, memory of a host's process and of each worker, open files.
+
+python -m benchmarks.scale [--rows 10000000] [--workers 2] [--batch 1024] [--json]
+
+The rows are a few small pictures over and over: one shard of 2048, linked as often as it takes, with an index of its own, so that every
+row can be read. Workers read batches of 16 rows of the global ones, as one of 64 hosts would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.output import show
+from dynaip_jax.data.config import DataConfig
+from dynaip_jax.data.joining import join
+from dynaip_jax.data.loader import make_loader
+from dynaip_jax.data.records import DIGESTS, INDEX, ROWS_A_SHARD, Record, write_dataset
+
+EACH = 16  # rows that a host reads of a batch
+
+
+class Nothing:
+    """Tokenizers that do nothing."""
+
+    def ids(self, texts: Any) -> dict[str, np.ndarray]:
+        return dict(t5=np.zeros((len(texts), 8), np.int32))
+
+
+def synthetic(folder: Path, rows: int) -> Path:
+    """A dataset of `rows` rows, rounded up to whole shards."""
+    from dynaip_jax.data.check import png
+
+    rng, shapes = np.random.default_rng(0), ((64, 64), (64, 96), (96, 64), (64, 112))
+    pictures = [png(rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in shapes]
+    part, out = folder / "part", folder / "data"
+    part.mkdir()
+    out.mkdir()
+
+    def record(n: int) -> Record:
+        box = np.array([0, 0, *shapes[n % 4]], np.int32)
+        return Record(n + 1, pictures[n % 4], box, b"", box, b"", f"picture {n}", "picture")
+
+    write_dataset(part, map(record, range(ROWS_A_SHARD)), digests=True)
+    count = -(-rows // ROWS_A_SHARD)
+    groups = [part] * min(count, 64)  # joined in two rounds: the index of all parts is read for each
+    if count > 64:
+        wide = folder / "wide"
+        wide.mkdir()
+        join(wide, groups)
+        digests = np.load(part / DIGESTS)
+        np.save(wide / DIGESTS, np.concatenate([digests] * 64))
+        groups = [wide] * (count // 64) + [part] * (count % 64)
+    join(out, groups)
+    return out
+
+
+def private(pid: int | str) -> float:
+    """MiB of memory that a process shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    fields = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return (fields["Private_Clean"] + fields["Private_Dirty"]) / 1024
+
+
+def workers_of(pid: int) -> list[int]:
+    """Worker processes, but not what keeps count of their shared memory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+            if b"spawn_main" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def measure(path: Path, workers: int, batch: int) -> dict[str, Any]:
+    """Figures of a dataset: seconds, MiB."""
+    config = DataConfig(path=str(path), resolution=64, aspects=("1:1", "3:2", "2:3"), clip_size=32, workers=workers)
+    before, start = private("self"), time.perf_counter()
+    loader = make_loader(config, Nothing(), global_batch=batch, positions=np.arange(EACH))
+    opened = time.perf_counter()
+    loader.order.step(0)
+    shuffled = time.perf_counter()
+    host = private("self") - before
+    batches = list(itertools.islice(loader, 400))
+    pids = workers_of(os.getpid())
+    figures = dict(
+        rows=len(loader.reader.dataset),  # type: ignore[attr-defined]
+        index_mib=(path / INDEX).stat().st_size / 2**20,
+        open_and_order_s=opened - start,
+        shuffle_an_epoch_s=shuffled - opened,
+        host_mib=host,
+        worker_mib=max(map(private, pids)),
+        files_open_in_a_worker=max(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
+        rows_read=sum(len(b.row) for b in batches),
+    )
+    loader.close()
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    results = {}
+    for name, rows in (("small", 4 * ROWS_A_SHARD), ("large", args.rows)):
+        with tempfile.TemporaryDirectory() as folder:
+            data = synthetic(Path(folder), rows)
+            call = f"import json; from benchmarks import scale; print(json.dumps(scale.measure(scale.Path({str(data)!r}), {args.workers}, {args.batch})))"
+            done = subprocess.run(
+                [sys.executable, "-c", call], check=True, capture_output=True, text=True
+            )  # a heap of its own
+            results[name] = json.loads(done.stdout)
+    figures = {f"{name} {key}": value for name, part in results.items() for key, value in part.items()}
+    more = {f"more {key}": results["large"][key] - results["small"][key] for key in ("host_mib", "worker_mib")}
+    show(figures | more, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
