@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dynaip_jax.data.columns import Column
 from dynaip_jax.data.shards import Shards
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.folders import as_path
+from dynaip_jax.storage.folders import AnyPath, as_path
 
 NAME, SPLIT, VERSION = "subjects", "train", "1.0.0"
 INFO, INDEX, DIGESTS = "dataset_info.json", "index.npz", "digests.npy"
@@ -138,9 +139,16 @@ class Dataset:
     bool `[n]`; `content`: the digest of all rows, by which the dataset is known, empty for one that was prepared before there were
     digests. Raises `UserError` for a folder that is missing or was not written by `write_dataset`, and for files that
     are missing, damaged or do not belong together.
+
+    `known`: the `content` of a dataset that another process has opened: of a local one, values of the index are then read one by one as
+    they are asked for, since ten million rows would take each worker hundreds of megabytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    sizes: Any
+    numbers: Any
+    masked: Any
+
+    def __init__(self, path: str | os.PathLike[str], *, known: str = ""):
         self.path = as_path(path)
         if not (self.path / INFO).is_file() or not (self.path / INDEX).is_file():
             raise UserError(
@@ -148,17 +156,34 @@ class Dataset:
                 "check the path, or run it"
             )
         try:
-            with np.load(io.BytesIO((self.path / INDEX).read_bytes()), allow_pickle=False) as index:
-                self.sizes, self.numbers, self.masked = (index[k] for k in ("sizes", "numbers", "masked"))
-                self._checks = index["checks"] if "checks" in index else None
-                self.content = str(index["content"]) if "content" in index else ""
+            if known and isinstance(self.path, Path):
+                self._read_columns(known)
+            else:
+                self._read_index()
         except Exception as e:  # zip, NumPy and the file system each have their own
             raise self._damaged(INDEX, e) from e
         if len(self._source) != len(self.sizes):
             raise self._damaged(INDEX, f"{len(self.sizes)} rows, the shards hold {len(self._source)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path,)
+        return _known, (self.path, self.content)
+
+    def _read_index(self) -> None:
+        with np.load(io.BytesIO((self.path / INDEX).read_bytes()), allow_pickle=False) as index:
+            self.sizes, self.numbers, self.masked = (index[k] for k in ("sizes", "numbers", "masked"))
+            self._checks = index["checks"] if "checks" in index else None
+            self.content = str(index["content"]) if "content" in index else ""
+
+    def _read_columns(self, known: str) -> None:
+        """Opens the index of the dataset of this content. Raises `ValueError` if it is of another."""
+        file = self.path / INDEX
+        with np.load(file, allow_pickle=False) as index:
+            self.content = str(index["content"])
+        if self.content != known:
+            raise ValueError("the dataset was replaced while it was read")
+        self.sizes, self.numbers, self.masked, self._checks = (
+            Column(Path(file), name) for name in ("sizes", "numbers", "masked", "checks")
+        )
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -206,6 +231,11 @@ class Dataset:
 def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     """The dataset in a folder, local or in a bucket, written by `write_dataset`. Errors as in `Dataset`."""
     return Dataset(path)
+
+
+def _known(path: AnyPath, content: str) -> Dataset:
+    """What another process gets of a dataset."""
+    return Dataset(path, known=content)
 
 
 @contextlib.contextmanager

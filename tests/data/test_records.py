@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dynaip_jax.data import records as store
+from dynaip_jax.data.columns import Column
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.folders import as_path, copy_tree, replacing
 from tests.fake_bucket import FakeBucket
@@ -77,6 +78,23 @@ def test_shards_of_another_dataset_are_noticed(folder, tmp_path):
     assert dataset[0].number == 1
     with pytest.raises(UserError, match="row 1 is damaged .its checksum is not the one in index.npz"):
         dataset[1]
+
+
+def test_another_process_reads_single_values_of_the_index(folder):
+    """And notices a dataset that took the place of the one it knows."""
+    dataset = store.open_dataset(folder)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 500
+    copy = pickle.loads(sent)
+    assert isinstance(copy.numbers, Column) and len(copy) == 3 and copy.content == dataset.content
+    assert all(same(copy[n], dataset[n]) for n in range(3))
+    again = pickle.loads(pickle.dumps(copy))
+    assert isinstance(again.numbers, Column) and same(again[2], dataset[2])
+    for file in folder.iterdir():
+        file.unlink()
+    store.write_dataset(folder, [record(n, caption="other") for n in (1, 3, 4)])
+    with pytest.raises(UserError, match="index.npz is damaged .the dataset was replaced while it was read"):
+        pickle.loads(sent)
 
 
 def test_an_older_index_without_digests_is_read(folder):
