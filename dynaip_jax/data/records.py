@@ -9,25 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import os
+import zipfile
 from array import array
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from dynaip_jax import reading
 from dynaip_jax.data.columns import Column
 from dynaip_jax.data.shards import Shards
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, reason
+from dynaip_jax.schema import typed
+from dynaip_jax.storage.arrays import read_arrays
 from dynaip_jax.storage.folders import AnyPath, as_path
 
 NAME, SPLIT, VERSION = "subjects", "train", "1.0.0"
-INFO, INDEX, DIGESTS = "dataset_info.json", "index.npz", "digests.npy"
+INFO, FEATURES, INDEX, DIGESTS = "dataset_info.json", "features.json", "index.npz", "digests.npy"
+INDEX_BYTES = 1 << 32
+OF_ALL, NUMBERED = ("{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}")
+FILE: tuple[str, list[str]] = ("string", [])
+BOX: tuple[str, list[str]] = ("int32", ["4"])
+TEXT: tuple[str, list[str]] = ("text", [])
+SCHEMA = dict(  # dtype and shape of every field, as tfds states them in `features.json`
+    number=("int64", []), target=FILE, target_box=BOX, reference=FILE, reference_box=BOX, mask=FILE, caption=TEXT, subject=TEXT,
+)  # fmt: skip
 ROWS_A_SHARD = 2048
 WRITTEN_AT_ONCE = 32
 
@@ -150,7 +161,7 @@ class Dataset:
 
     def __init__(self, path: str | os.PathLike[str], *, known: str = ""):
         self.path = as_path(path)
-        if not (self.path / INFO).is_file() or not (self.path / INDEX).is_file():
+        if not reading.is_file(self.path / INFO) or not reading.is_file(self.path / INDEX):
             raise UserError(
                 f"dataset {self.path}: no {INFO} and {INDEX} there; expected a folder written by python -m train.prepare; "
                 "check the path, or run it"
@@ -159,8 +170,8 @@ class Dataset:
             if known and isinstance(self.path, Path):
                 self._read_columns(known)
             else:
-                self._read_index()
-        except Exception as e:  # zip, NumPy and the file system each have their own
+                self._read_rows()
+        except (OSError, ValueError) as e:
             raise self._damaged(INDEX, e) from e
         if len(self._source) != len(self.sizes):
             raise self._damaged(INDEX, f"{len(self.sizes)} rows, the shards hold {len(self._source)}")
@@ -168,63 +179,62 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, ...]:
         return _known, (self.path, self.content)
 
-    def _read_index(self) -> None:
-        with np.load(io.BytesIO((self.path / INDEX).read_bytes()), allow_pickle=False) as index:
-            self.sizes, self.numbers, self.masked = (index[k] for k in ("sizes", "numbers", "masked"))
-            self._checks = index["checks"] if "checks" in index else None
-            self.content = str(index["content"]) if "content" in index else ""
+    def _read_rows(self) -> None:
+        """Reads the index whole."""
+        index = _read_index(reading.read_bytes(self.path / INDEX, INDEX_BYTES))
+        self.sizes, self.numbers, self.masked = (index[k] for k in ("sizes", "numbers", "masked"))
+        self._checks, self.content = index.get("checks"), str(index.get("content", ""))
 
     def _read_columns(self, known: str) -> None:
         """Opens the index of the dataset of this content. Raises `ValueError` if it is of another."""
-        file = self.path / INDEX
-        with np.load(file, allow_pickle=False) as index:
-            self.content = str(index["content"])
+        file = Path(self.path / INDEX)
+        try:
+            with np.load(file, allow_pickle=False) as index:
+                self.content = str(index["content"])
+            columns = [Column(file, name) for name in ("sizes", "numbers", "masked", "checks")]
+        except (KeyError, zipfile.BadZipFile) as e:
+            raise ValueError(reason(e)) from e
         if self.content != known:
             raise ValueError("the dataset was replaced while it was read")
-        self.sizes, self.numbers, self.masked, self._checks = (
-            Column(Path(file), name) for name in ("sizes", "numbers", "masked", "checks")
-        )
+        self.sizes, self.numbers, self.masked, self._checks = columns
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, row: int) -> Record:
         try:
-            fields = self._parse(self._source[row])
+            fields = dict(_parser().deserialize_example_np(self._source[row]))
             record = Record(**fields | {k: fields[k].decode() for k in ("caption", "subject")})
+            _check_kinds(record)
         except Exception as e:  # array_record and protobuf each have their own; an empty record decodes to None
             raise self._damaged(f"row {row}", e) from e
         if record.number != self.numbers[row]:
             raise self._damaged(f"row {row}", f"it says {record.number}, {INDEX} says {self.numbers[row]}")
+        top, left, bottom, right = record.target_box
+        if (bottom - top, right - left, bool(record.mask)) != (*self.sizes[row], self.masked[row]):
+            raise self._damaged(f"row {row}", f"its size or mask is not what {INDEX} says")
         if self._checks is not None and _check(digest(record)) != self._checks[row]:
             raise self._damaged(f"row {row}", f"its checksum is not the one in {INDEX}")
         return record
 
-    @property
-    def _source(self) -> Shards:
-        return self._opened[0]
-
-    def _parse(self, record: bytes) -> dict[str, Any]:
-        return dict(self._opened[1].deserialize_example_np(record))
-
     @cached_property
-    def _opened(self) -> tuple[Shards, Any]:
-        """The records' bytes, and what reads them."""
-        import tensorflow_datasets as tfds
+    def _source(self) -> Shards:
+        """The serialised records. tfds would open the folder by importing the classes that its `features.json` names; here that file is
+        compared with the schema of this project, and no more."""
+        self._stated(FEATURES, _check_schema)
+        template, lengths = self._stated(INFO, _shard_lengths)
+        return _records(self.path, template, lengths)
 
+    def _stated(self, file: str, read: Callable[[Any], Any]) -> Any:
+        """What `read` makes of a JSON file of the folder."""
         try:
-            builder = tfds.builder_from_directory(os.fspath(self.path))
-            if set(builder.info.features or ()) != set(Record._fields):
-                raise ValueError(f"fields {sorted(builder.info.features or ())}, expected {sorted(Record._fields)}")
-            split = builder.info.splits[SPLIT]
-            return Shards([os.fspath(file) for file in split.filepaths], split.shard_lengths), builder.info.features
-        except Exception as e:  # tfds raises whatever its parts raise
-            raise self._damaged(INFO, e) from e
+            return read(reading.parse_json(reading.read_bytes(self.path / file, reading.JSON_BYTES)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise self._damaged(file, f"no {e}" if isinstance(e, KeyError) else e) from e
 
-    def _damaged(self, what: str, reason: Any) -> UserError:
-        reason = str(reason).strip().splitlines()[0][:200] if str(reason).strip() else type(reason).__name__
+    def _damaged(self, what: str, why: Any) -> UserError:
         return UserError(
-            f"dataset {self.path}: {what} is damaged ({reason}); expected what python -m train.prepare wrote; run it again"
+            f"dataset {self.path}: {what} is damaged ({reason(why)}); expected what python -m train.prepare wrote; run it again"
         )
 
 
@@ -245,6 +255,71 @@ def _as_os_error() -> Iterator[None]:
         yield
     except RuntimeError as e:
         raise OSError(str(e).splitlines()[0]) from e
+
+
+def _check_kinds(record: Record) -> None:
+    """Raises `ValueError` for a record whose fields hold what they cannot."""
+    for box in (record.target_box, record.reference_box):
+        top, left, bottom, right = box
+        if not (0 <= top < bottom and 0 <= left < right):
+            raise ValueError(f"a box {[*map(int, box)]}: expected top, left, bottom, right")
+    if not all(isinstance(file, bytes) for file in (record.target, record.reference, record.mask)):
+        raise ValueError("a picture that is no file")
+
+
+def _read_index(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of `index.npz`. Raises `ValueError` unless they belong together."""
+    index = read_arrays(data, ("sizes", "numbers", "masked", "checks", "content"), INDEX_BYTES)
+    if missing := {"sizes", "numbers", "masked"} - index.keys():
+        raise ValueError(f"no {min(missing)}")
+    count = len(index["numbers"]) if index["numbers"].ndim else 0
+    shapes = dict(sizes=(count, 2), numbers=(count,), masked=(count,), checks=(count,), content=())
+    for name, values in index.items():
+        if values.shape != shapes[name] or (values.dtype.kind == "U") != (name == "content"):
+            raise ValueError(f"{name} is {values.dtype} {values.shape}, expected {shapes[name]}")
+    return index
+
+
+def _check_schema(stated: Any) -> None:
+    """Raises `ValueError` unless a `features.json` says what `SCHEMA` does."""
+    fields = {}
+    for name, entry in stated["featuresDict"]["features"].items():
+        tensor = entry.get("tensor", {})
+        dimensions = tensor.get("shape", {}).get("dimensions", []) if isinstance(tensor, dict) else None
+        fields[name] = ("text", []) if "text" in entry else (tensor.get("dtype"), dimensions)
+    if fields != SCHEMA:
+        name = min({n for n in {*fields, *SCHEMA} if fields.get(n) != SCHEMA.get(n)})
+        raise ValueError(f"{name}: found {fields.get(name)}, expected {SCHEMA.get(name)}")
+
+
+def _shard_lengths(stated: Any) -> tuple[str, list[int]]:
+    """How the shards of a `dataset_info.json` are named, and how many rows each has. Raises `ValueError` for other datasets."""
+    split = next((s for s in stated["splits"] if s["name"] == SPLIT), None)
+    if split is None or stated["name"] != NAME or stated.get("fileFormat") != "array_record":
+        raise ValueError(f"no {SPLIT} split of {NAME} in array_record")
+    template = split.get("filepathTemplate", OF_ALL)
+    if template not in (OF_ALL, NUMBERED):
+        raise ValueError(f"shards named {template!r}")
+    lengths = [typed(int, int(typed(str, n, "shardLengths")), "shardLengths") for n in split["shardLengths"]]
+    if not lengths or min(lengths) < 0:
+        raise ValueError(f"shardLengths {lengths[:8]}")
+    return template, lengths
+
+
+def _records(folder: AnyPath, template: str, lengths: list[int]) -> Shards:
+    """Random access to the bytes of the records in the shards of a folder."""
+    digits = max(5, len(str(len(lengths))))
+    of = f"-of-{len(lengths):0{digits}}" if template == OF_ALL else ""
+    files = [os.fspath(folder / f"{NAME}-{SPLIT}.array_record-{n:0{digits}}{of}") for n in range(len(lengths))]
+    return Shards(files, lengths)
+
+
+@lru_cache(maxsize=1)
+def _parser() -> Any:
+    """Of serialised records, by this project's own schema."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(_features())
 
 
 def _features() -> dict[str, Any]:

@@ -103,20 +103,33 @@ def pictures(
     subject. Raises `UserError`, naming the record by `name`, if a picture cannot be decoded or the mask is missing."""
     whole = images.load_image(name, data=record.target)
     source = images.load_image(name, data=record.reference) if record.reference else whole
-    target, reference = (
-        x[top:bottom, left:right]
-        for x, (top, left, bottom, right) in ((whole, record.target_box), (source, record.reference_box))
-    )
+    target, reference = _cut(whole, record.target_box, name), _cut(source, record.reference_box, name)
     if remove_background:
         if not record.mask:
             raise UserError(
                 f"{name}: no mask to remove the background by; expected one; set `data.remove_background` False"
             )
         behind = np.array(images.NEUTRAL, np.float32)
-        top, left, bottom, right = record.reference_box
-        inside = images.load_image(name, data=record.mask)[top:bottom, left:right].astype(np.float32) / 255
+        mask = images.load_image(name, data=record.mask)
+        if mask.shape != source.shape:
+            raise UserError(
+                f"{name}: mask {mask.shape[:2]}, reference {source.shape[:2]}; expected one size; prepare the dataset again"
+            )
+        inside = _cut(mask, record.reference_box, name).astype(np.float32) / 255
         reference = np.round(behind + (reference - behind) * inside).astype(np.uint8)
     return target, reference
+
+
+def _cut(picture: np.ndarray, box: np.ndarray, name: str) -> np.ndarray:
+    """The part of a picture `[H, W, 3]` in a `box`. Raises `UserError` if that reaches beyond it."""
+    top, left, bottom, right = map(int, box)
+    height, width = picture.shape[:2]
+    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        raise UserError(
+            f"{name}: box {[top, left, bottom, right]} in a picture of {width} x {height} pixels; expected top, left, bottom, right "
+            "inside it; prepare the dataset again"
+        )
+    return picture[top:bottom, left:right]
 
 
 def cover(picture: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> Float32[np.ndarray, "{height} {width} 3"]:

@@ -14,16 +14,15 @@ padding around, as parquet files (as downloaded) or as a `metadata.jsonl` with t
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynaip_jax import images
+from dynaip_jax import images, reading
 from dynaip_jax.data.check import BadRow, Picture, Row
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, reason
 
 MANIFEST = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
@@ -54,8 +53,8 @@ class Source(NamedTuple):
 
 def read_manifest(path: Path) -> Source:
     """The rows of a manifest, given as the file or as its folder. Raises `UserError` if it cannot be read or is empty."""
-    lines = _Lines(path / MANIFEST if path.is_dir() else path)
-    folder = path if path.is_dir() else path.parent
+    lines = _Lines(path / MANIFEST if reading.is_dir(path) else path)
+    folder = path if reading.is_dir(path) else path.parent
 
     def row(number: int, entry: dict[str, Any]) -> Row:
         fields = ("reference", "target", "caption", "subject")
@@ -79,7 +78,7 @@ def read_subjects200k(path: Path, min_quality: int = 0) -> Source:
     are passed over in silence: the dataset itself says they are not fit. Raises `UserError` as `read_manifest`.
     """
     shards = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    folder = path if path.is_dir() else path.parent
+    folder = path if reading.is_dir(path) else path.parent
 
     def rows(number: int, entry: dict[str, Any]) -> Iterator[Row]:
         description, quality = entry.get("description"), entry.get("quality_assessment") or {}
@@ -103,13 +102,13 @@ def read_subjects200k(path: Path, min_quality: int = 0) -> Source:
     if shards:
         count, entries = _parquet(shards)
         return Source(count, _each(entries, rows))
-    lines = _Lines(path / MANIFEST if path.is_dir() else path)
+    lines = _Lines(path / MANIFEST if reading.is_dir(path) else path)
     return Source(len(lines), _each(lines, rows))
 
 
 def read_folder(path: Path) -> Source:
     """A row for each picture under `path`, in sorted order. Raises `UserError` if there is none."""
-    if not path.is_dir():
+    if not reading.is_dir(path):
         raise UserError(
             f"`source` {path}: no such folder; expected one of pictures with a .txt beside each; check the path"
         )
@@ -196,9 +195,9 @@ def _each(entries: Any, rows: Callable[[int, dict[str, Any]], Iterator[Row]]) ->
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"broken JSON ({e}); expected one object a line; correct it") from e
+        entry = reading.parse_json(line, halves=True)
+    except ValueError as e:
+        raise UserError(f"broken JSON ({reason(e)}); expected one object a line; correct it") from e
     if not isinstance(entry, dict):
         raise UserError(f"JSON {type(entry).__name__}; expected an object, {{...}}; correct it")
     return entry
@@ -256,8 +255,7 @@ def _parquet(shards: list[Path]) -> tuple[int, Iterator[dict[str, Any]]]:
         try:
             files.append(pq.ParquetFile(shard))
         except (pa.ArrowException, OSError) as e:
-            reason = str(e).splitlines()[0]
-            raise UserError(f"`source` {shard}: not a whole parquet file ({reason}); download it again") from e
+            raise UserError(f"`source` {shard}: not a whole parquet file ({reason(e)}); download it again") from e
         if not {"image", "description"} <= set(files[-1].schema_arrow.names):
             raise UserError(
                 f"`source` {shard}: columns {files[-1].schema_arrow.names}; expected image, description, "
@@ -265,9 +263,12 @@ def _parquet(shards: list[Path]) -> tuple[int, Iterator[dict[str, Any]]]:
             )
 
     def entries() -> Iterator[dict[str, Any]]:
-        for file in files:
+        for shard, file in zip(shards, files, strict=True):
             wanted = [c for c in ("image", "description", "quality_assessment") if c in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=16, columns=wanted):
-                yield from batch.to_pylist()
+            try:
+                for batch in file.iter_batches(batch_size=16, columns=wanted):
+                    yield from batch.to_pylist()
+            except (pa.ArrowException, OSError) as e:
+                raise UserError(f"`source` {shard}: not a whole parquet file ({reason(e)}); download it again") from e
 
     return sum(f.metadata.num_rows for f in files), entries()

@@ -10,11 +10,53 @@ from typing import Any
 
 import numpy as np
 
-from dynaip_jax.errors import UserError
+from dynaip_jax import reading
+from dynaip_jax.errors import UserError, reason
 from dynaip_jax.families.words import choose, overlap
-from dynaip_jax.storage.folders import local_copy
+from dynaip_jax.storage.folders import AnyPath, local_copy
 
 CLIP_LENGTH = 77
+CLASSES = (
+    "T5Tokenizer",
+    "CLIPTokenizer",
+    "PreTrainedTokenizer",
+    "TokenizersBackend",
+)  # of transformers, with "Fast" or without
+
+
+def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -> Any:
+    """The tokenizer in a folder, as transformers reads it, tried on a word. Nothing that the folder holds is run.
+
+    Raises `UserError`, with the `remedy`, for one that wants code of its own, that is of another kind, or cannot be read.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer_config.json", "config.json"):
+        if reading.exists(folder / name):
+            _check_class(folder / name, remedy)
+    try:
+        with local_copy(folder) as here:
+            tokenizer = AutoTokenizer.from_pretrained(here, local_files_only=True, trust_remote_code=False)
+        ids = tokenizer(["a"], padding="max_length", max_length=8, truncation=True)["input_ids"]
+        if np.asarray(ids, np.int32).shape != (1, 8):
+            raise ValueError("it does not pad")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # transformers raises whatever its backends raise; a panic of theirs is no Exception
+        raise UserError(f"{folder}: not a tokenizer that transformers can read ({reason(e)}); {remedy}") from e
+    return tokenizer
+
+
+def _check_class(path: AnyPath, remedy: str) -> None:
+    config = reading.read_json(path, expected="a tokenizer's settings", remedy=remedy)
+    if "auto_map" in config:
+        raise UserError(
+            f"{path}: asks for code of its own (auto_map), which is never run; expected a tokenizer of T5 or CLIP; {remedy}"
+        )
+    kind = config.get("tokenizer_class")
+    if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") not in CLASSES):
+        raise UserError(f"{path}: tokenizer_class {kind!r}; expected one of {', '.join(CLASSES)}; {remedy}")
 
 
 class Tokenizers:
@@ -30,19 +72,8 @@ class Tokenizers:
     @classmethod
     def load(cls, folder: Path, t5_length: int, clip_length: int = CLIP_LENGTH) -> Tokenizers:
         """From `folder/t5` and `folder/clip`, in any form that transformers reads. Raises `UserError` if it cannot."""
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
-        from transformers import AutoTokenizer
-
-        loaded = []
-        for name in ("t5", "clip"):
-            try:
-                with local_copy(folder / name) as here:
-                    loaded.append(AutoTokenizer.from_pretrained(here, local_files_only=True, trust_remote_code=False))
-            except Exception as e:  # transformers raises whatever its backends raise
-                reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
-                raise UserError(
-                    f"{folder / name}: not a tokenizer that transformers can read ({reason}); convert the model again"
-                ) from e
+        remedy = "convert the model again"
+        loaded = [check_tokenizer(folder / name, remedy) for name in ("t5", "clip")]
         return cls(loaded[0], loaded[1], t5_length, clip_length)
 
     def t5(self, texts: Sequence[str]) -> np.ndarray:

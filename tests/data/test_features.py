@@ -73,6 +73,82 @@ def test_a_lost_array_is_told(folder, tmp_path):
         take(make_loader(settings, WordIds(), global_batch=4, encoders="encoders"), 1)
 
 
+@pytest.fixture
+def checked(folder, tmp_path):
+    """Settings and a cache as train.cache writes it; `read` gives all its batches of two epochs."""
+    settings, dataset = config(folder, features=str(tmp_path / "cache")), open_dataset(folder)
+    arrays = write(tmp_path / "plain", settings)
+    order, store, rows = make_order(settings, dataset, 4), Store(tmp_path / "cache", "float32"), np.arange(len(dataset))
+    (tmp_path / "cache").mkdir()
+    for name, x in arrays.items():
+        index = ((),) if name.startswith("empty") else ((rows,),) if name in ("states", "pooled") else None
+        for where in index or [(variant, np.arange(x.shape[1])) for variant in range(VARIANTS)]:
+            store.put(name, x.shape, where, x[where])
+    store.finish()
+    features.write_facts(
+        tmp_path / "cache", features.facts(settings, order, "encoders", "float32", dataset.content), VARIANTS
+    )
+
+    def read():
+        cached = Cached.open(settings, dataset, order, "encoders")
+        members = [(np.flatnonzero(order.bucket_of == n), bucket) for n, bucket in enumerate(order.buckets)]
+        return [cached.read(rows, bucket, epoch) for epoch in range(VARIANTS) for rows, bucket in members]
+
+    return tmp_path / "cache", {name: np.array(x) for name, x in arrays.items()}, read, settings
+
+
+def test_checksums_let_whole_caches_through(checked):
+    _, arrays, read, settings = checked
+    batches = read()
+    np.testing.assert_array_equal(np.sort(np.concatenate([b.row for b in batches])), np.repeat(np.arange(44), VARIANTS))
+    for batch in batches:
+        for n, row in enumerate(batch.row):
+            drops = [draw(settings, epoch, int(row)).drop_text for epoch in range(VARIANTS)]
+            wanted = [arrays["empty_pooled"] if drop else arrays["pooled"][row] for drop in drops]
+            assert any(np.array_equal(batch.pooled[n], x) for x in wanted)
+
+
+def test_no_flipped_bit_is_trained_on(checked):
+    path, _, read, _ = checked
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        data[-3] ^= 1
+        file.write_bytes(data)
+        name = file.name.removesuffix(".checks.npy").removesuffix(".npy")
+        with pytest.raises(UserError, match=rf"{name}.npy: cannot be read .row .* is damaged|features.json"):
+            read()
+        file.write_bytes(whole)
+    for name in (
+        "states.checks.npy",
+        "levels.npy",
+        "pooled.npy",
+    ):  # without listing them, the last two would not be missed
+        whole = (path / name).read_bytes()
+        (path / name).unlink()
+        with pytest.raises(UserError, match=f"{name.split('.')[0]}.npy: cannot be read"):
+            read()
+        (path / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(variants=1), "its checksum is another"),
+        (dict(variants=0), "0 variants"),
+        (dict(variants=True), "variants True: expected a whole number"),
+        (dict(facts=3), "facts 3: expected an object"),
+        (dict(surplus=3), "'surplus' is missing or unknown"),
+        (dict(facts=dict(dtype="float64", data={})), "variants of 'float64'"),
+    ],
+)
+def test_what_a_cache_says_of_itself(checked, changes, message):
+    path, _, read, _ = checked
+    (path / features.FILE).write_text(json.dumps(json.loads((path / features.FILE).read_text()) | changes))
+    with pytest.raises(UserError, match=f"no readable features.json .*{message}"):
+        read()
+
+
 def test_caches_that_do_not_fit(folder, tmp_path):
     settings = config(folder, features=str(tmp_path / "cache"))
     dataset = open_dataset(folder)

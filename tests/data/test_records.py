@@ -1,5 +1,7 @@
 """Datasets on disk."""
 
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -183,18 +185,16 @@ def test_an_index_with_a_pickle_is_not_loaded(folder):
 
 def test_a_dataset_in_a_bucket(folder, bucket, monkeypatch):
     """All but reading shards, for which array_record asks Google's servers."""
-    import tensorflow_datasets as tfds
-
-    path, real, asked = f"{bucket}/data/one", tfds.builder_from_directory, []
+    path, real, asked = f"{bucket}/data/one", store._records, []
     with pytest.raises(UserError, match=f"dataset {path}: no dataset_info.json"):
         store.open_dataset(path)
     copy_tree(folder, as_path(path))
 
-    def builder(address):
-        asked.append(address)
-        return real(folder)
+    def records(address, *stated):
+        asked.append(str(address))
+        return real(folder, *stated)
 
-    monkeypatch.setattr(tfds, "builder_from_directory", builder)
+    monkeypatch.setattr(store, "_records", records)
     dataset = pickle.loads(pickle.dumps(store.open_dataset(path)))
     assert str(dataset.path) == path and set(asked) == {path}
     assert dataset.numbers.tolist() == [1, 3, 4] and same(dataset[0], record(1))
@@ -209,3 +209,55 @@ def test_writing_a_dataset_to_a_bucket(tmp_path, bucket):
     assert FakeBucket.written[-1] == f"/bucket/data/{store.INDEX}"
     copy_tree(as_path(f"{bucket}/data"), tmp_path)
     assert same(store.open_dataset(tmp_path)[0], record(1))
+
+
+def test_nothing_that_a_dataset_names_is_imported(folder, tmp_path_factory):
+    """tfds imports the classes that a `features.json` names, a module beside the caller among them."""
+    beside = tmp_path_factory.mktemp("beside")
+    (beside / "trap.py").write_text("open('sprung', 'w')\n\nclass Text:\n    pass\n")
+    features = (folder / store.FEATURES).read_text()
+    for name in ("text_feature.Text", "features_dict.FeaturesDict"):
+        (folder / store.FEATURES).write_text(features.replace(f"tensorflow_datasets.core.features.{name}", "trap.Text"))
+        code = f"from dynaip_jax.data.records import open_dataset; print(open_dataset({str(folder)!r})[0].number)"
+        environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(beside), str(Path(__file__).parents[2])]))
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=beside, env=environment, timeout=120, capture_output=True, text=True
+        )
+        assert done.stdout == "1\n", done.stderr
+        assert not (beside / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (store.FEATURES, lambda s: s["featuresDict"]["features"].pop("mask"), "mask: found None"),
+        (
+            store.FEATURES,
+            lambda s: s["featuresDict"]["features"]["number"]["tensor"].update(dtype="float32"),
+            "number: found",
+        ),
+        (store.FEATURES, lambda s: s.update(featuresDict=[]), "features.json is damaged"),
+        (store.INFO, lambda s: s["splits"][0].update(shardLengths=["2"]), "3 rows, the shards hold 2"),
+        (store.INFO, lambda s: s["splits"][0].update(shardLengths=[3]), "shardLengths 3: expected text"),
+        (store.INFO, lambda s: s["splits"][0].update(filepathTemplate="/dev/zero"), "shards named '/dev/zero'"),
+        (store.INFO, lambda s: s.update(splits={}), "dataset_info.json is damaged"),
+    ],
+)
+def test_what_a_dataset_says_of_itself_is_compared(folder, file, change, message):
+    stated = json.loads((folder / file).read_text())
+    change(stated)
+    (folder / file).write_text(json.dumps(stated))
+    with pytest.raises(UserError, match=f"dataset {folder}: .*{message}"):
+        store.open_dataset(folder)
+
+
+def test_rows_that_cannot_be(tmp_path):
+    for change, message in (
+        (dict(reference_box=np.array([0, 0, 0, 5], np.int32)), "expected top, left, bottom, right"),
+        (dict(reference_box=np.array([-4, 0, 9, 5], np.int32)), "expected top, left, bottom, right"),
+    ):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        out.mkdir()
+        store.write_dataset(out, [record(1, **change)])
+        with pytest.raises(UserError, match=f"row 0 is damaged .*{message}"):
+            store.open_dataset(out)[0]

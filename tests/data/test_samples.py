@@ -105,6 +105,23 @@ def test_boxes_cut_both_pictures(tmp_path):
     np.testing.assert_array_equal(reference, data.astronaut()[50:150, 60:260])
 
 
+@pytest.mark.parametrize("box", [(0, 0, 513, 100), (0, 0, 100, 513), (500, 500, 400, 510), (-1, 0, 100, 100)])
+def test_boxes_beyond_the_picture_are_told(tmp_path, box):
+    record = open_dataset(make_dataset(tmp_path))[0]
+    for field in ("target_box", "reference_box"):
+        with pytest.raises(
+            UserError, match=r"astronaut: box \[.*\] in a picture of 512 x 512 pixels; expected .* inside it"
+        ):
+            samples.pictures(record._replace(**{field: np.array(box)}), "astronaut", remove_background=False)
+
+
+def test_a_mask_of_another_size_is_told(tmp_path):
+    dataset = open_dataset(make_dataset(tmp_path))
+    record = dataset[1]._replace(mask=dataset[0].target)
+    with pytest.raises(UserError, match="cat: mask .512, 512., reference .300, 451.; expected one size"):
+        samples.pictures(record, "cat", remove_background=True)
+
+
 # --- augmentation and drops
 
 

@@ -1,12 +1,15 @@
 """Which of T5's tokens belong to the words of a subject."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.tokenizers import Tokenizers
+from dynaip_jax.families.tokenizers import Tokenizers, check_tokenizer
 
 PIECES = ("▁A", "▁a", "▁and", "▁red", "▁star", "s", ",", "▁", "n", "d")
 
@@ -81,3 +84,45 @@ def test_words_without_a_token_are_named(pieces, tiny):
             return [2 if "cat" in token else 5 for token in tokens]
 
     assert Tokenizers(Slow(), Slow(), 12).unknown("a cat")["T5"] == ["cat"]
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """A copy of the tiny bundle's tokenizers."""
+    shutil.copytree(tiny[0] / "tokenizers", tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_a_tokenizer_that_wants_code_of_its_own_is_refused(own):
+    (own / "t5" / "code.py").write_text(f"open({str(own / 'sprung')!r}, 'w')\nclass Trap: pass\n")
+    for file in ("tokenizer_config.json", "config.json"):
+        config = dict(
+            tokenizer_class="PreTrainedTokenizerFast", auto_map=dict(AutoTokenizer=["code.Trap", "code.Trap"])
+        )
+        (own / "t5" / file).write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"t5/{file}: asks for code of its own .auto_map., which is never run"):
+            Tokenizers.load(own, 16)
+        (own / "t5" / file).unlink()
+    assert not (own / "sprung").exists()
+
+
+@pytest.mark.parametrize("kind", ["MistralCommonBackend", "os.system", 3, ["T5Tokenizer"]])
+def test_tokenizers_of_other_kinds_are_refused(own, kind):
+    (own / "clip" / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class=kind)))
+    with pytest.raises(
+        UserError, match="clip/tokenizer_config.json: tokenizer_class .*; expected one of T5Tokenizer, CLIPTokenizer"
+    ):
+        Tokenizers.load(own, 16)
+
+
+def test_tokenizers_that_cannot_be_used_are_one_line(own):
+    """Without a padding token; with a `tokenizer.json` that makes the library panic or complain."""
+    config = json.loads((own / "t5" / "tokenizer_config.json").read_text())
+    (own / "t5" / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token"}))
+    with pytest.raises(UserError, match="t5: not a tokenizer that transformers can read"):
+        Tokenizers.load(own, 16)
+    for content in ("{}", "[" * 9999, json.dumps(dict(model=dict(type="BPE", vocab={"a": -1}, merges=[["a", "b"]])))):
+        (own / "clip" / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match="not a tokenizer that transformers can read|not readable") as e:
+            check_tokenizer(own / "clip")
+        assert "\n" not in str(e.value)
