@@ -1,0 +1,41 @@
+"""A small share of the seeded mutation in `tests.mutation.run`: no mutant of a file is a crash, a hang, or read as something else.
+
+The readers that load the least are all tried here; those that start networks are tried by the command that `run` documents.
+"""
+
+import collections
+import random
+
+import pytest
+
+from tests.mutation.readers import READERS
+from tests.mutation.run import GOOD, run
+from tests.mutation.worker import judged
+
+QUICK = dict(
+    safetensors=300, index=150, npy=200, msgpack=200, transformer_config=100, t5_config=60, clip_text_config=60, clip_vision_config=60,
+    schedule=100, sources=150, features=60, bundle_json=60, adapter_json=40,
+)  # fmt: skip
+GUARDED = dict(
+    vae_config=60, pictures=25, bundle_folder=12, datasets=25
+)  # in a process of their own: they have hung, or died
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_no_mutant_is_a_crash(name, tmp_path):
+    reader, good = READERS[name](), tmp_path / name
+    good.mkdir()
+    reader.make(good)
+    original, verdicts = reader.read(good), collections.Counter()
+    for number in range(QUICK[name]):
+        place = reader.place(good, tmp_path / f"{name}-mutant")
+        verdict, text = judged(reader, good, original, random.Random(f"{name} 1 {number}"), place)
+        verdicts[verdict] += 1
+        assert verdict in GOOD, f"mutant {number}: {verdict}: {text}"
+    assert verdicts["same"] < 0.9 * QUICK[name]  # that the mutants are any
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_no_mutant_hangs_or_kills(name):
+    verdicts, faults = run(name, GUARDED[name], seed=1, limit=20)
+    assert not faults and verdicts["refused"]
