@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 
 from dynaip_jax.commandline import argument, parse, run_cli
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, printable
 from dynaip_jax.interrupts import at_stake
-from dynaip_jax.storage.bundle import NewComponent, write_bundle
+from dynaip_jax.storage.bundle import RANGES, NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.storage.folders import reserve, scratch, sha256_of
 from tools.convert_torch_weights.registry import LAYOUTS
-from tools.convert_torch_weights.sources import Source, Sources, clip_vision, read
+from tools.convert_torch_weights.sources import Layout, Source, Sources, clip_vision, read
 
 EXAMPLES = """
 examples:
@@ -52,8 +52,9 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks all sources, then writes the bundle."""
     args = parse(Arguments, argv, "python -m tools.convert_torch_weights", EXAMPLES)
-    if args.t5_length is not None and args.t5_length < 1:
-        raise UserError(f"`t5_length` {args.t5_length}: expected at least 1")
+    least, most = RANGES["t5_length"]
+    if args.t5_length is not None and not least <= args.t5_length <= most:
+        raise UserError(f"`t5_length` {args.t5_length}: expected at least {least} and at most {most}")
 
     convert(args.source, args.clip_vision, args.out, args.dtype, args.t5_length, args.dry_run, args.overwrite)
     return 0
@@ -80,20 +81,34 @@ def convert(
         source.convert(source.tensors, source.config, check_only=True)
         size = sum(f.stat().st_size for f in source.files) / 2**30
         where = source.files[0] if len(source.files) == 1 else f"{source.files[0].parent} ({len(source.files)} files)"
-        print(f"{name:12} {len(source.tensors):5} tensors {size:8.3f} GiB  {where}")
+        print(f"{name:12} {len(source.tensors):5} tensors {size:8.3f} GiB  {printable(where)}")
+    content = layout.manifest(sources, t5_length)
     if dry_run:
         print("all names and shapes fit; nothing written (--dry-run)")
+        _tell_missing(layout, sources)
         return
     with at_stake(f"nothing is written to {out}"):
         write_bundle(
             out,
             _converted(sources.components, out, dtype),
             family=layout.family,
-            **layout.manifest(sources, t5_length),
+            **content,
             tokenizers=sources.tokenizers,
             overwrite=overwrite,
         )
     print(f"wrote {out}")
+    _tell_missing(layout, sources)
+
+
+def _tell_missing(layout: Layout, sources: Sources) -> None:
+    """Says on stderr what a bundle of these sources cannot be used without."""
+    names = [*layout.folders, *(f"{name} tokenizer" for name in layout.tokenizers)]
+    present = {*sources.components, *(f"{name} tokenizer" for name in sources.tokenizers)}
+    if missing := [name for name in names if name not in present]:
+        print(
+            f"note: the sources lack {', '.join(missing)}; a bundle without them makes no pictures; add a --source that has them",
+            file=sys.stderr,
+        )
 
 
 def _converted(components: Mapping[str, Source], out: Path, dtype: str) -> Iterator[NewComponent]:

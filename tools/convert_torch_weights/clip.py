@@ -16,6 +16,7 @@ import numpy as np
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from tools.convert_torch_weights import flax_file
 from tools.convert_torch_weights.engine import Table, abstract_params, conv, convert, copy, linear, norm, stack
 from tools.convert_torch_weights.selection import Selection
 
@@ -80,25 +81,16 @@ def vision_target(config: CLIPVisionConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def from_flax(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a `flax_model.msgpack` of transformers, under their torch names and in torch's layout.
 
-    Source: transformers `modeling_flax_pytorch_utils`. Raises `UserError` for a missing, truncated or corrupt file.
+    Source: transformers `modeling_flax_pytorch_utils`. Raises `UserError` for a missing, truncated or corrupt file, and for one of
+    which two leaves would become one tensor.
     """
-    from flax.serialization import msgpack_restore
-    from flax.traverse_util import flatten_dict
-
-    try:
-        tree = msgpack_restore(Path(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); expected a flax_model.msgpack; check the path") from e
-    except Exception as e:  # whatever the parser makes of bytes that are not msgpack
-        raise UserError(f"{path}: not a whole Flax msgpack file ({e}); download or copy it again") from e
-    leaves = flatten_dict(tree) if isinstance(tree, dict) else {}
-    if not leaves or not all(isinstance(x, np.ndarray) for x in leaves.values()):
-        raise UserError(f"{path}: holds no tree of arrays; expected a flax_model.msgpack; download or copy it again")
-
-    tensors = {}
-    for (*module, leaf), x in leaves.items():
+    tensors: dict[str, np.ndarray] = {}
+    for (*module, leaf), x in flax_file.leaves(Path(path)).items():
         axes = FLAX_KERNEL_AXES.get(x.ndim) if leaf == "kernel" else None
-        tensors[".".join([*module, FLAX_LEAVES.get(leaf, leaf)])] = x if axes is None else x.transpose(axes)
+        name = ".".join([*module, FLAX_LEAVES.get(leaf, leaf)])
+        if name in tensors:
+            raise UserError(f"{path}: two leaves are {name}; expected one; download or copy it again")
+        tensors[name] = x if axes is None else x.transpose(axes)
     return tensors
 
 

@@ -7,7 +7,7 @@ table, source and target against each other and copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, shortened
+from dynaip_jax.storage.tensors import check_weights
 
 
 class Part(NamedTuple):
@@ -94,6 +95,20 @@ def abstract_params(init: Callable[..., Any], *inputs: Any) -> dict[str, jax.Sha
     return flatten_dict(tree, sep="/")
 
 
+def numbered(names: Iterable[str], prefix: str) -> int:
+    """How many blocks `names` have under `prefix`, which their number follows: "blocks." has 2 with "blocks.0.a", "blocks.1.a".
+
+    Raises `ValueError` if their numbers are not 0, 1, 2, ... without gaps.
+    """
+    numbers = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}
+    if stray := numbers - {str(n) for n in range(len(numbers))}:
+        name = shortened(min(stray), 40)
+        raise ValueError(
+            f"{prefix}{name} among {len(numbers)} of {prefix}N: expected them numbered from 0, without gaps"
+        )
+    return len(numbers)
+
+
 def source_shapes(table: Table) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every source tensor the table reads.
 
@@ -124,11 +139,10 @@ def check_names(component: str, stored: Mapping[str, tuple[int, ...]], expected:
     problems = []
     for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
         if names:
-            problems.append(f"{len(names)} {label}: {'; '.join(names[:12])}{' ...' if len(names) > 12 else ''}")
+            problems.append(f"{len(names)} {label}: {shortened(names[0], 90)}{' ...' if len(names) > 1 else ''}")
     if problems:
         raise UserError(
-            f"{component}: tensors do not match its config: {' | '.join(problems)}; "
-            "check that config and weights belong together and that the model is one of the supported families"
+            f"{component}: tensors do not match its config: {' | '.join(problems)}; use config and weights that belong together"
         )
 
 
@@ -145,11 +159,16 @@ def convert(
     """The nested parameter tree of `target`'s shapes, read from `tensors` (name -> array, opened lazily or not).
 
     Keeps the source's dtype unless `dtype` is given. `empty(shape, dtype)` allocates each leaf, so that a caller may
-    lay them on disk. `check_only` compares names and shapes, reads no tensor and returns an empty tree. Raises `UserError` for missing, unexpected, wrongly shaped or non-finite tensors.
+    lay them on disk. `check_only` compares names, shapes and dtypes, reads no tensor and returns an empty tree. Raises `UserError` for
+    missing, unexpected, wrongly shaped or non-finite tensors, and for those of other than floating-point numbers.
     """
     expected = source_shapes(table)
     shape_of = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
     check_names(component, {name: shape_of(name) for name in tensors}, expected)
+    dtype_of = getattr(tensors, "dtype", lambda name: None)
+    for name in expected:
+        if (dtype_ := dtype_of(name)) is not None:
+            check_weights(component, name, dtype_)
     assert set(table) == set(target), f"{component}: table and model differ: {sorted(set(table) ^ set(target))}"
     if check_only:
         return {}
@@ -160,6 +179,7 @@ def convert(
         blocks = entry if isinstance(entry, list) else [entry]
         for i, leaf in enumerate(blocks):
             x = leaf.build(tensors, shape[1:] if isinstance(entry, list) else shape)
+            check_weights(component, leaf.parts[0].name, x.dtype)
             if not np.isfinite(x.astype(np.float32) if x.dtype == jnp.bfloat16 else x).all():
                 raise UserError(
                     f"{component}: {leaf.parts[0].name} holds NaN or infinity; expected finite weights; download it again"

@@ -7,9 +7,20 @@ from typing import Any
 
 import jax
 
-from dynaip_jax.errors import UserError
+from dynaip_jax import schema
+from dynaip_jax.errors import UserError, reason
 from dynaip_jax.models.flux import Flux, FluxConfig
-from tools.convert_torch_weights.engine import Leaf, Part, Table, abstract_params, convert, copy, linear, stack
+from tools.convert_torch_weights.engine import (
+    Leaf,
+    Part,
+    Table,
+    abstract_params,
+    convert,
+    copy,
+    linear,
+    numbered,
+    stack,
+)
 from tools.convert_torch_weights.selection import Selection
 
 COMMUNITY_PREFIX = "model.diffusion_model."
@@ -167,17 +178,17 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> FluxConfig:
         )
     if hf.get("patch_size", 1) != 1:
         raise UserError(f"transformer/config.json: patch_size {hf['patch_size']}; expected 1, as FLUX.1 has it")
-    heads = hf["num_attention_heads"]
+    heads, head_dim = (schema.typed(int, hf[name], name) for name in ("num_attention_heads", "attention_head_dim"))
     return FluxConfig(
         in_channels=hf["in_channels"],
         out_channels=hf.get("out_channels") or hf["in_channels"],
         vec_in_dim=hf["pooled_projection_dim"],
         context_in_dim=hf["joint_attention_dim"],
-        hidden_size=heads * hf["attention_head_dim"],
+        hidden_size=heads * head_dim,
         num_heads=heads,
         depth=hf["num_layers"],
         depth_single_blocks=hf["num_single_layers"],
-        axes_dim=tuple(hf["axes_dims_rope"]),
+        axes_dim=schema.typed(tuple[int, ...], hf["axes_dims_rope"], "axes_dims_rope"),
         guidance_embed=hf["guidance_embeds"],
     )
 
@@ -189,9 +200,6 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
     `UserError` for another head size and if a tensor needed for this is missing.
     """
     shapes = {n.removeprefix(COMMUNITY_PREFIX): s for n, s in shapes.items()}
-
-    def depth(kind: str) -> int:
-        return 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith(f"{kind}.")), default=-1)
 
     try:
         width, in_channels = shapes["img_in.weight"]
@@ -209,11 +217,15 @@ def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
             hidden_size=width,
             mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / width,
             num_heads=width // head,
-            depth=depth("double_blocks"),
-            depth_single_blocks=depth("single_blocks"),
+            depth=numbered(shapes, "double_blocks."),
+            depth_single_blocks=numbered(shapes, "single_blocks."),
             guidance_embed="guidance_in.in_layer.weight" in shapes,
         )
     except KeyError as e:
         raise UserError(
             f"transformer: tensor {e.args[0]} is missing; expected a whole FLUX.1 transformer in BFL's layout"
+        ) from e
+    except (ValueError, IndexError, ArithmeticError) as e:
+        raise UserError(
+            f"transformer: shapes do not fit FLUX.1 ({reason(e)}); expected BFL's flux1-dev.safetensors or the like"
         ) from e

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dynaip_jax import reading
+from dynaip_jax.errors import UserError, reason
 from dynaip_jax.flow import ScheduleConfig
-from dynaip_jax.storage.codec import to_dict
+from dynaip_jax.storage.codec import from_dict, to_dict
 from tools.convert_torch_weights import clip, flux, t5, vae
 from tools.convert_torch_weights.sources import Folder, Layout, Sources, read_json
 
@@ -43,7 +45,10 @@ def _schedule(scheduler: dict[str, Any] | None, guided: bool) -> ScheduleConfig:
     if scheduler is None:
         return ScheduleConfig(dynamic=guided)
     given = {ours: scheduler.get(theirs) for ours, theirs in SCHEDULER.items()}
-    return ScheduleConfig(**{name: value for name, value in given.items() if value is not None})
+    try:
+        return from_dict(ScheduleConfig, {name: value for name, value in given.items() if value is not None})
+    except (TypeError, ValueError) as e:
+        raise UserError(f"scheduler/scheduler_config.json: {reason(e)}; expected FLUX.1's; download it again") from e
 
 
 def _clip_length(sources: Sources) -> int:
@@ -51,9 +56,12 @@ def _clip_length(sources: Sources) -> int:
         return 77
     length = sources.components["clip_text"].config.max_position_embeddings
     config = sources.tokenizers["clip"] / "tokenizer_config.json"
-    if not config.is_file():
+    if not reading.is_file(config):
         return length
-    return int(min(length, read_json(config).get("model_max_length") or length))
+    longest = read_json(config).get("model_max_length") or length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
+        raise UserError(f"{config}: model_max_length {longest!r}: expected a number of tokens; download it again")
+    return int(min(length, longest))
 
 
 WEIGHTS = "diffusion_pytorch_model"

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dynaip_jax.errors import UserError
+
 
 class Selection(Mapping[str, Any]):
     """The tensors whose name `keep` accepts, their names without `prefix`; the others are left out on purpose."""
@@ -14,6 +16,11 @@ class Selection(Mapping[str, Any]):
     def __init__(self, tensors: Mapping[str, Any], keep: Callable[[str], bool] = lambda name: True, prefix: str = ""):
         self._tensors = tensors
         self._names = {n.removeprefix(prefix): n for n in tensors if keep(n)}
+        if len(self._names) < len(kept := [n for n in tensors if keep(n)]):
+            twice = next(n for n in kept if self._names[n.removeprefix(prefix)] != n)
+            raise UserError(
+                f"{twice}: stands with and without the prefix {prefix}; expected each tensor once; use another file"
+            )
 
     def __getitem__(self, name: str) -> Any:
         return self._tensors[self._names[name]]
@@ -29,3 +36,8 @@ class Selection(Mapping[str, Any]):
         name = self._names[name]
         shape_of = getattr(self._tensors, "shape", None)
         return shape_of(name) if shape_of else tuple(np.shape(self._tensors[name]))
+
+    def dtype(self, name: str) -> Any:
+        """The dtype of a tensor, without reading it; None where the source cannot tell."""
+        dtype_of = getattr(self._tensors, "dtype", None)
+        return dtype_of(self._names[name]) if dtype_of else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynaip_jax.errors import UserError
+from dynaip_jax import reading
+from dynaip_jax.errors import UserError, reason
+from dynaip_jax.families.tokenizers import check_tokenizer
 from dynaip_jax.storage.tensors import TensorFile
 from tools.convert_torch_weights import clip
 
@@ -62,12 +63,13 @@ class Layout(NamedTuple):
 
 def read(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, Sources]:
     """What a diffusers folder or a single file holds, and the layout that it has."""
-    return diffusers_folder(path, layouts) if path.is_dir() else single_file(path, layouts)
+    return diffusers_folder(path, layouts) if reading.is_dir(path) else single_file(path, layouts)
 
 
 def diffusers_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, Sources]:
     """A folder as `save_pretrained` of a pipeline writes it."""
     kind = read_json(path / "model_index.json").get("_class_name")
+    kind = kind if isinstance(kind, str) else None
     layout = next((layout for layout in layouts if kind in layout.pipelines), None)
     if layout is None:
         expected = ", ".join(name for layout in layouts for name in layout.pipelines)
@@ -80,8 +82,9 @@ def diffusers_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, S
         components[name] = Source(read_config(path / folder.name, folder.config), tensors, files, folder.convert)
     tokenizers = {name: path / folder for name, folder in layout.tokenizers.items()}
     for tokenizer in tokenizers.values():
-        if not tokenizer.is_dir():
+        if not reading.is_dir(tokenizer):
             raise UserError(f"{tokenizer}: missing; expected a tokenizer; download the model again")
+        check_tokenizer(tokenizer)
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     return layout, Sources(components, tokenizers, scheduler)
 
@@ -102,7 +105,7 @@ def single_file(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, Source
 
 def clip_vision(path: Path) -> Source:
     """The vision tower in a transformers CLIP folder."""
-    if not path.is_dir():
+    if not reading.is_dir(path):
         raise UserError(
             f"`clip_vision` {path}: no such folder; expected a transformers CLIP folder (openai/clip-vit-large-patch14)"
         )
@@ -114,11 +117,11 @@ def clip_vision(path: Path) -> Source:
 def tensors_of(folder: Path, stem: str) -> tuple[Mapping[str, Any], list[Path]]:
     """The tensors of a component's folder: one safetensors file, a sharded set, or Flax CLIP's msgpack."""
     for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
-        if (folder / name).is_file():
+        if reading.is_file(folder / name):
             file = TensorFile(folder / name)
             return file, file.files
     msgpack = folder / "flax_model.msgpack"
-    if msgpack.is_file():
+    if reading.is_file(msgpack):
         return clip.from_flax(msgpack), [msgpack]
     raise UserError(
         f"{folder}: no weights; expected {stem}.safetensors (or its sharded index); "
@@ -133,8 +136,8 @@ def read_config(folder: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
         return read(values)
     except UserError as e:
         raise UserError(f"{folder / 'config.json'}: {e}") from e
-    except (KeyError, TypeError, ValueError) as e:
-        what = f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+        what = f"{e.args[0]} is missing" if isinstance(e, KeyError) else reason(e)
         raise UserError(
             f"{folder / 'config.json'}: {what}; expected a config of this kind of model; download it again"
         ) from e
@@ -142,11 +145,4 @@ def read_config(folder: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as e:
-        raise UserError(
-            f"{path}: missing; expected it in a folder written by save_pretrained; download it again"
-        ) from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e}); download it again") from e
+    return reading.read_json(path, expected="it as save_pretrained writes it", remedy="download it again")

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, shortened
 from dynaip_jax.models.vae import NORM_GROUPS, VAE, VAEConfig
-from tools.convert_torch_weights.engine import Table, abstract_params, conv, convert, linear, norm
+from tools.convert_torch_weights.engine import Table, abstract_params, conv, convert, linear, norm, numbered
 
 LAYOUTS = {"bfl": ("encoder.down.", "decoder.up."), "diffusers": ("encoder.down_blocks.", "decoder.up_blocks.")}
 
@@ -98,7 +98,7 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
     Raises `UserError` naming every setting that FLUX.1's autoencoder does not have, and for sizes that
     are missing or impossible.
     """
-    widths = list(hf.get("block_out_channels") or [])
+    widths = _widths(hf.get("block_out_channels"))
     expected = {
         "_class_name": ("AutoencoderKL", "AutoencoderKL"),
         "act_fn": ("silu", "silu"),
@@ -115,7 +115,7 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
     for field, (default, wanted) in expected.items():
         value = hf.get(field, default)
         if (list(value) if isinstance(value, tuple) else value) != wanted:
-            wrong.append(f"{field} {value!r}, expected {wanted!r}")
+            wrong.append(f"{field} {shortened(repr(value), 80)}, expected {wanted!r}")
     if not widths or any(w < 1 or w % widths[0] for w in widths):
         wrong.append(f"block_out_channels {widths}, expected multiples of the first")
     if wrong:
@@ -130,7 +130,7 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
             num_res_blocks=hf["layers_per_block"],
             z_channels=hf["latent_channels"],
             scale_factor=hf["scaling_factor"],
-            shift_factor=hf.get("shift_factor") or 0.0,
+            shift_factor=0.0 if hf.get("shift_factor") is None else hf["shift_factor"],
         )
     except KeyError as e:
         raise UserError(
@@ -140,27 +140,32 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> VAEConfig:
         raise UserError(f"vae/config.json: {e}; use the vae folder of a supported model") from e
 
 
+def _widths(channels: Any) -> list[int]:
+    """Channels of each level; empty for anything but a list of whole numbers."""
+    fits = isinstance(channels, list | tuple) and all(type(w) is int for w in channels)
+    return list(channels) if fits else []
+
+
 def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     """`VAEConfig` of a BFL single file, read off its tensor shapes (it holds no config); FLUX's scale and shift.
 
     Raises `UserError` if a tensor needed for this is missing or the sizes do not fit each other.
     """
 
-    def count(prefix: str) -> int:
-        return 1 + max((int(n.removeprefix(prefix).split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
-
     try:
         ch, in_channels = shapes["encoder.conv_in.weight"][:2]
-        levels = count("encoder.down.")
+        levels = numbered(shapes, "encoder.down.")
+        if not levels:
+            raise ValueError("no encoder.down.N")
         return VAEConfig(
             in_channels=in_channels,
             ch=ch,
             out_ch=shapes["decoder.conv_out.weight"][0],
             ch_mult=tuple(shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] // ch for n in range(levels)),
-            num_res_blocks=count("encoder.down.0.block."),
+            num_res_blocks=numbered(shapes, "encoder.down.0.block."),
             z_channels=shapes["decoder.conv_in.weight"][1],
         )
     except KeyError as e:
         raise UserError(f"vae: tensor {e.args[0]} is missing; expected a whole autoencoder in BFL's layout") from e
-    except ValueError as e:
+    except (ValueError, IndexError, ArithmeticError) as e:
         raise UserError(f"vae: not an autoencoder of a supported kind: {e}; expected BFL's ae.safetensors") from e
