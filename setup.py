@@ -33,6 +33,7 @@ setup(
         "sentencepiece",  # with protobuf: transformers reads T5's tokenizer by them
         "protobuf",
         "safetensors>=0.6",
+        "msgpack",
         "ml_dtypes",
         "numpy",
         "scipy>=1.15",

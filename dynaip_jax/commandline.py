@@ -27,7 +27,7 @@ from typing import (
 )
 
 from dynaip_jax import interrupts
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, reason
 from dynaip_jax.platforms import leave_absent_tpus
 
 T = TypeVar("T")
@@ -236,9 +236,26 @@ def flag(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+def unforeseen(error: Exception) -> UserError:
+    """What to tell of an `OSError`, `MemoryError` or `RecursionError` that no reader or writer made words of."""
+    if isinstance(error, MemoryError):
+        return UserError(
+            f"memory: {reason(error)}; there is not enough for this; expected more free memory; ask for less, or close other programs"
+        )
+    if isinstance(error, RecursionError):
+        return UserError(
+            "input: nested too deep to be read; expected files as programs write them; check the one given"
+        )
+    name = getattr(error, "filename", None)
+    where = "the system" if name is None else name
+    return UserError(
+        f"{where}: {reason(error)}; expected files and folders that can be read and written; check the path and its rights"
+    )
+
+
 def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, str] | None = None) -> int:
-    """Runs `main` with the words of the command line; a `UserError` becomes one line on stderr and status 2, Ctrl-C status 130 and
-    SIGTERM 143, with what is lost by it on one line.
+    """Runs `main` with the words of the command line; a `UserError`, and what the system refuses, becomes one line on stderr and status
+    2, Ctrl-C status 130 and SIGTERM 143, with what is lost by it on one line.
 
     `flags`: options whose flag is not `flag(option)`.
     """
@@ -248,8 +265,9 @@ def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, s
     try:
         with interrupts.handled():
             return main(sys.argv[1:] if argv is None else argv) or 0
-    except UserError as e:
-        print(f"error: {e.told(lambda field: (flags or {}).get(field) or flag(field))}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RecursionError) as e:
+        error = e if isinstance(e, UserError) else unforeseen(e)
+        print(f"error: {error.told(lambda field: (flags or {}).get(field) or flag(field))}", file=sys.stderr)
         return 2
     except interrupts.Interrupted as e:
         print(e, file=sys.stderr)

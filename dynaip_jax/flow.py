@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynaip_jax import schema
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """How sampling times are shifted with resolution. `dynamic`: mu is linear in the number of packed tokens; otherwise
-    the fixed factor `shift` is used (schnell: 1, no shift). Field values: diffusers' `scheduler_config.json` of FLUX.1-dev."""
+    the fixed factor `shift` is used (schnell: 1, no shift). Field values: diffusers' `scheduler_config.json` of FLUX.1-dev. Raises `ValueError` for numbers out of range."""
 
     dynamic: bool = True
     base_tokens: int = 256
@@ -26,6 +28,12 @@ class ScheduleConfig:
     base_shift: float = 0.5
     max_shift: float = 1.15
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        shifts = dict.fromkeys(("base_shift", "max_shift"), (-20.0, 20.0))
+        schema.check(self, shift=(1e-6, 1e6), **shifts)
+        if self.dynamic and self.base_tokens >= self.max_tokens:
+            raise ValueError(f"base_tokens {self.base_tokens}: expected fewer than max_tokens {self.max_tokens}")
 
     def factor(self, tokens: int) -> float:
         """The shift e^mu for an image of `tokens` packed tokens (the true count; see FLUX `sampling.get_schedule`)."""

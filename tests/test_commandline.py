@@ -140,3 +140,24 @@ def test_a_parser_beside_another_thread_is_tried_again(monkeypatch):
     monkeypatch.setattr("tyro.cli", broken)
     with pytest.raises(SystemError, match="something else"):
         run_tyro(Arguments, ("--box", "b"), see="pack")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/closed/x"),
+            "/closed/x: Permission denied; expected files and folders",
+        ),
+        (OSError("odd"), "the system: odd; expected"),
+        (MemoryError(), "memory: MemoryError; there is not enough"),
+        (RecursionError("maximum recursion depth exceeded"), "input: nested too deep"),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line(capsys, error, message):
+    def fails(argv):
+        raise error
+
+    assert run_cli(fails, []) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: {message}") and stderr.count("\n") == 1

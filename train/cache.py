@@ -6,7 +6,6 @@ python -m train.cache --config configs/flux_dev_512.py --out caches/512 --bundle
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,14 +71,13 @@ def cache(config: config_.TrainConfig, out: Path, variants: int = 1, *, overwrit
     dataset = open_data(config.data)
     order = make_order(config.data, dataset, config.batch)
     facts = features.facts(config.data, order, run.encoder_identity, config.dtype, dataset.content)
-    manifest = dict(format=features.FORMAT, format_version=features.VERSION, variants=variants, facts=facts)
     with (
         at_stake(f"nothing is written to {out}"),
         replacing(out, overwrite=overwrite, marks=(features.FILE,)) as folder,
     ):
         store = features.Store(folder, config.dtype)
         _write_features(store, Encoding(run, dataset), order, variants)
-        (folder / features.FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        features.write_facts(folder, facts, variants)
 
 
 class Encoding:
@@ -108,30 +106,24 @@ class Encoding:
 def _write_features(store: features.Store, encoded: Encoding, order: BatchOrder, variants: int) -> None:
     """Fills `store` with the features of every row: what text gives once, what pictures give in every variant."""
     config, count = encoded.config, len(order.bucket_of)
-    arrays: dict[str, np.ndarray] = {}
-
-    def put(name: str, shape: tuple[int, ...], where: tuple, values: Any) -> None:
-        if name not in arrays:
-            arrays[name] = store.create(name, shape)
-        arrays[name][where] = values
-
     keep_text = dataclasses.replace(config.data, drop_image=0.0, drop_text=0.0, drop_both=0.0)
     empty = encoded(dataclasses.replace(keep_text, drop_text=1.0), np.zeros(1, np.int64), order.buckets[0], 0)
     for name, values in _text(empty).items():
-        put(f"empty_{name}", values.shape[1:], (), values[0])
+        store.put(f"empty_{name}", values.shape[1:], (), values[0])
     slot = features.slots(order.bucket_of)
     with task("encoding", count * variants, "row") as done:
         for bucket, members, variant, rows in _parts(order, variants, config.batch):
             e = encoded(keep_text, rows, bucket, variant)
             moments = (variants, members, *e.moments.shape[1:])
-            put(features.moments_name(bucket), moments, (variant, slot[rows]), e.moments)
+            store.put(features.moments_name(bucket), moments, (variant, slot[rows]), e.moments)
             if e.levels is not None:
                 levels = np.stack([level[:, 0] for level in e.levels], axis=1)
-                put("levels", (variants, count, *levels.shape[1:]), (variant, rows), levels)
+                store.put("levels", (variants, count, *levels.shape[1:]), (variant, rows), levels)
             if variant == 0:
                 for name, values in _text(e).items():
-                    put(name, (count, *values.shape[1:]), (rows,), values)
+                    store.put(name, (count, *values.shape[1:]), (rows,), values)
             done(len(rows))
+    store.finish()
 
 
 def _text(encoded: Encoded) -> dict[str, Any]:

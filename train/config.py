@@ -12,6 +12,7 @@ from typing import Any, Literal
 from dynaip_jax.commandline import run_tyro
 from dynaip_jax.data.config import PATH, SEEDS, DataConfig, in_range
 from dynaip_jax.errors import UserError
+from dynaip_jax.reading import is_file
 from dynaip_jax.runtime.sharding import MeshConfig
 
 # Metadata of fields that may differ between a run and its resumption: they change neither a value that is trained nor its
@@ -244,7 +245,7 @@ def moved(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def load(path: Path) -> TrainConfig:
     """The `CONFIG` of a recipe file. Raises `UserError` if there is none."""
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"`config` {path}: no such file; expected a recipe, such as configs/debug.py")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None

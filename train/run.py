@@ -79,7 +79,7 @@ class Run:
 
     @cached_property
     def tokenizers(self) -> Tokenizers:
-        return self.constants.family.load_tokenizers(self.bundle.path / "tokenizers")
+        return self.constants.family.load_tokenizers(self.bundle.part("tokenizers"))
 
     @property
     def encoders(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dynaip_jax import choices
+from dynaip_jax import choices, schema
 from dynaip_jax.adapters.hmoe import HMoE, HMoEConfig
 from dynaip_jax.layers.basic import parameter
 from dynaip_jax.layers.compute import Compute
@@ -39,8 +39,11 @@ class DynaIPConfig:
     head_dim: int = 128
 
     def __post_init__(self):
+        blocks = (0, schema.BLOCKS[1])
+        schema.check(self, depth=blocks, depth_single_blocks=blocks)
         choices.check("blocks", self.blocks, ("double", "all"))
         Injection(self.query, self.merge, self.site)  # checks them
+        schema.check_total(2 * self.injected * self.hmoe.width * self.num_heads * self.head_dim)
 
     @property
     def injection(self) -> Injection:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dynaip_jax import schema
 from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import LayerNorm, linear, parameter
 from dynaip_jax.layers.compute import Compute
@@ -36,17 +37,24 @@ class HMoEConfig:
     resampler_heads: int = 16
 
     def __post_init__(self):
-        object.__setattr__(self, "levels", tuple(self.levels))
-        if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(self.weights))
-            if len(self.weights) != 3 or min(self.weights) < 0 or sum(self.weights) <= 0:
-                raise ValueError(f"weights {self.weights}: expected three non-negative numbers, not all zero")
+        for name in ("levels", "weights"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.weights is not None and (len(self.weights) != 3 or min(self.weights) < 0 or sum(self.weights) <= 0):
+            raise ValueError(f"weights {self.weights}: expected three non-negative numbers, not all zero")
+        levels, none = (0, schema.BLOCKS[1]), (0, schema.SIZE[1])
+        schema.check(
+            self, levels=levels, resampler_tokens=none, resampler_depth=schema.BLOCKS, weights=(0, schema.SIZE[1])
+        )
         if len(self.levels) != 3:
             raise ValueError(f"levels {self.levels}: expected three CLIP layers, low, mid and high")
         if self.router not in ("image", "token"):
             raise ValueError(f"router {self.router!r}: expected 'image' or 'token'")
         if self.resampler_tokens and self.width % self.resampler_heads:
             raise ValueError(f"width {self.width} is not a multiple of resampler_heads {self.resampler_heads}")
+        experts = 3 * self.expert_width * (self.clip_width + self.width)
+        resampler = self.resampler_depth * 12 * self.width**2 if self.resampler_tokens else 0
+        schema.check_total(experts + resampler + self.resampler_tokens * self.width)
 
 
 class HMoE(nn.Module):

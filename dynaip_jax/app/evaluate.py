@@ -63,7 +63,7 @@ def shapeland(argv: Sequence[str]) -> int:
     from dynaip_jax.sampling.opening import open_model
     from dynaip_jax.sampling.pipeline import DynaIPPipeline
     from dynaip_jax.shapeland import default, measure, scoring
-    from dynaip_jax.storage.tensors import read_tree
+    from dynaip_jax.shapeland.judge import read_judge
 
     model: str | Path | None = args.model
     adapter: str | Path | None = args.adapter
@@ -79,7 +79,7 @@ def shapeland(argv: Sequence[str]) -> int:
     opened = open_model(model, adapter)
     subjects: list[int] = sorted(set(args.subjects))
     measure.check(opened.model, names, subjects)
-    judge = read_tree(args.judge or default.JUDGE)
+    judge = read_judge(args.judge or default.JUDGE)
     with task(f"loading {model}"):
         pipe = DynaIPPipeline.read(opened)
     with task("calibrating the judge"):

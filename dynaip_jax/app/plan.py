@@ -17,6 +17,7 @@ from typing import Literal
 from dynaip_jax.commandline import argument, parse_known
 from dynaip_jax.errors import UserError
 from dynaip_jax.interrupts import GRACE
+from dynaip_jax.reading import is_file
 
 EXAMPLES = """
 examples:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.plan` of the checkout with the same words; its exit status."""
     args, _ = read(argv)
     root = args.config.resolve().parent.parent
-    if not (root / "train" / "plan.py").is_file():
+    if not is_file(root / "train" / "plan.py"):
         raise UserError(
             f"`config` {args.config}: {root} is no checkout of dynaip_jax; expected a recipe in its configs/; run plan there"
         )

@@ -14,7 +14,8 @@ from dynaip_jax import interrupts
 from dynaip_jax.app import naming, recipe
 from dynaip_jax.app.saving import Saving
 from dynaip_jax.commandline import argument, flag, parse
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, reason
+from dynaip_jax.reading import read_bytes
 from dynaip_jax.sampling.options import MOST, SEEDS, SampleOptions, reference_options, texts
 from dynaip_jax.tasks import task
 
@@ -43,6 +44,7 @@ examples:
 """
 EACH = dict(image_scale=1, text_gain=1, granularity=3)  # options with so many numbers for all subjects, or for each
 PROG = "dynaip sample"
+NOISE_BYTES = 1 << 30  # of a file
 FLAGS = dict(bundle="--model", references="--reference", words="--subject IMG=WORDS", masks="--mask")
 FILES, PICTURE, REFERENCE = "model and file", "picture", "reference"  # headings in help
 
@@ -267,17 +269,19 @@ def _load_noise(path: Path, row: int | None, like: recipe.Like) -> np.ndarray:
     import numpy as np
 
     from dynaip_jax import images
+    from dynaip_jax.storage.arrays import read_array
 
     expected = "expected a .npy file of floats [b, c, h, w]"
     try:
-        noise = np.load(path, allow_pickle=False)
-    except Exception as e:  # a broken header can make NumPy's reader fail in any way
-        reason = " ".join(str(e).split())[:120]
-        raise UserError(f"`noise` {path}: cannot be read as a NumPy array ({reason}); {expected}; save it anew") from e
-    if not isinstance(noise, np.ndarray):
-        raise UserError(f"`noise` {path}: an .npz archive of several arrays; {expected}; save one with np.save")
-    if noise.ndim != 4 or not noise.size or noise.dtype.kind != "f":
+        noise = read_array(read_bytes(path, NOISE_BYTES), "f")
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"`noise` {path}: cannot be read as a NumPy array ({reason(e)}); {expected}; save it anew"
+        ) from e
+    if noise.ndim != 4 or not noise.size:
         raise UserError(f"`noise` {path}: found {noise.dtype} {list(noise.shape)}; {expected}; save another")
+    if len(noise) > MOST:
+        raise UserError(f"`noise` {path}: {len(noise)} noises, one a picture; expected at most {MOST}; split the file")
     if row is not None and not 0 <= row < len(noise):
         raise UserError(f"`noise_row` {row}: expected a number from 0 to {len(noise) - 1}, a row of {path}")
     noise = noise if row is None else noise[row : row + 1]

@@ -21,12 +21,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from dynaip_jax import flow
+from dynaip_jax.errors import UserError, reason
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection
 from dynaip_jax.layers.step_cache import StepCache
 from dynaip_jax.storage.bundle import Bundle
+from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.types import ImagePrompt, Sites, TextCondition
 
 REFERENCE_ENCODER = "clip_vision"
@@ -99,7 +101,13 @@ class Family(abc.ABC):
         configs = {name: bundle.config(name, cls.components[name].config) for name in names}
         plain = Compute(dtype=compute.dtype, param_dtype=compute.param_dtype)
         computes = {name: FLOAT32 if name in cls.exact else plain for name in names} | dict(transformer=compute)
-        schedule, text = ScheduleConfig(**bundle.manifest["schedule"]), bundle.manifest["text"]
+        text = bundle.manifest["text"]
+        if missing := {"steps", "guidance", "height", "width"} - bundle.manifest["defaults"].keys():
+            raise UserError(f"{bundle.path}: defaults in bundle.json lack {min(missing)}; convert the model again")
+        try:
+            schedule = from_dict(ScheduleConfig, bundle.manifest["schedule"])
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{bundle.path}: schedule in bundle.json: {reason(e)}; convert the model again") from e
         family = cls(tuple(configs.items()), tuple(computes.items()), schedule, tuple(text.items()))
         family.check(bundle.path)
         return family

@@ -58,7 +58,12 @@ class Flux1(Family):
 
     def check(self, where: Any) -> None:
         """Raises `UserError`, naming `where`, if the transformer takes other widths than the rest has."""
-        transformer = self.config("transformer")
+        transformer, text = self.config("transformer"), dict(self.text)
+        tokens = self.config("clip_text").max_position_embeddings
+        if text.keys() != {"t5_length", "clip_length"} or not 1 <= text["clip_length"] <= tokens:
+            raise UserError(
+                f"{where}: text {text}; expected a t5_length, and a clip_length of at most {tokens}; convert the model again"
+            )
         for what, needed, given in (
             ("t5 width", transformer.context_in_dim, self.config("t5").d_model),
             ("clip_text width", transformer.vec_in_dim, self.config("clip_text").hidden_size),

@@ -15,16 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynaip_jax import schema
+from dynaip_jax.errors import UserError
 from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import LayerNorm, embedding, linear, scanned
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.models.hf import check_config, config_from_hf
+from dynaip_jax.models.hf import config_from_hf
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),
 }
+SIDES, TOKENS = (1, 1 << 14), (1, 1 << 14)  # of a picture in pixels; of a text
 LEGACY_EOS = 2  # the wrong `eos_token_id` of old config files: there the highest id marks the end of the text
 
 
@@ -40,12 +43,17 @@ class _TowerConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        check_config(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        ranges = dict(vocab_size=schema.WORDS, num_hidden_layers=schema.BLOCKS, layer_norm_eps=schema.EPSILON)
+        schema.check(
+            self, eos_token_id=(0, schema.WORDS[1]), image_size=SIDES, max_position_embeddings=TOKENS, **ranges
+        )
         if self.hidden_size % self.num_attention_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r}: expected one of {tuple(ACTIVATIONS)}")
+        block = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
+        schema.check_total(self.num_hidden_layers * block)
 
     @property
     def head_dim(self) -> int:
@@ -68,10 +76,10 @@ class CLIPTextConfig(_TowerConfig):
     eos_token_id: int = 49407
 
     def __post_init__(self):
-        super().__post_init__()
-        check_config(self, "vocab_size", "max_position_embeddings")
         if type(self.eos_token_id) is not int:
             raise ValueError(f"eos_token_id {self.eos_token_id!r}: expected one whole number")
+        super().__post_init__()
+        schema.check_total(self.vocab_size * self.hidden_size)
 
     @classmethod
     def large(cls, **changes) -> CLIPTextConfig:
@@ -111,7 +119,6 @@ class CLIPVisionConfig(_TowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_config(self, "image_size", "patch_size")
         if self.patch_size > self.image_size:
             raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
@@ -250,7 +257,10 @@ def _tower(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The part of a two-tower config under `key`. In old files `{key}_dict` takes its place, as in transformers."""
     if hf.get("model_type") != "clip" and key not in hf:
         return hf
-    return next((hf[k] for k in (f"{key}_dict", key) if hf.get(k) is not None), {})
+    part: Any = next((hf[k] for k in (f"{key}_dict", key) if hf.get(k) is not None), {})
+    if not isinstance(part, Mapping):
+        raise UserError(f"{key}: found {type(part).__name__}; expected an object; download it again")
+    return part
 
 
 def _linear(p: Compute, features, axes, name: str, axis=-1) -> nn.DenseGeneral:

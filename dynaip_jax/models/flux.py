@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dynaip_jax import schema
 from dynaip_jax.layers import injection
 from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import LayerNorm, RMSNorm, linear, scanned
@@ -26,6 +27,8 @@ from dynaip_jax.layers.regions import RegionScores
 from dynaip_jax.layers.step_cache import StepCache, cached
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 from dynaip_jax.types import ImagePrompt
+
+BLOCKS = (0, schema.BLOCKS[1])  # of a kind
 
 
 class Shared(NamedTuple):
@@ -56,12 +59,15 @@ class FluxConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        schema.check(self, depth=BLOCKS, depth_single_blocks=BLOCKS, mlp_ratio=(1e-3, 1e3), theta=(1, 1e8))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
             raise ValueError(
                 f"axes_dim {self.axes_dim}: expected even numbers that add up to the head size {self.head_dim}"
             )
+        double, single = 20 * self.hidden_size + 4 * self.mlp_dim, 7 * self.hidden_size + 2 * self.mlp_dim
+        schema.check_total(self.hidden_size * (self.depth * double + self.depth_single_blocks * single))
 
     @property
     def head_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""Configs from the `config.json` of transformers, and the checks that the encoders' configs share."""
+"""Configs from the `config.json` of transformers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, shortened
 
 Config = TypeVar("Config")
-
-
-def check_config(config: Any, *sizes: str) -> None:
-    """Raises `ValueError` unless the fields `sizes` are whole numbers above 0."""
-    for name in sizes:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} {value!r}: expected a whole number above 0")
 
 
 def config_from_hf(
@@ -30,7 +22,9 @@ def config_from_hf(
     for name, values in supported.items():
         if name in hf and hf[name] not in values:
             expected = " or ".join(map(repr, values))
-            raise UserError(f"{name} {hf[name]!r}: expected {expected}; use a checkpoint of that kind")
+            raise UserError(
+                f"{name} {shortened(repr(hf[name]), 60)}: expected {expected}; use a checkpoint of that kind"
+            )
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     try:
         return cls(**{**{k: v for k, v in hf.items() if k in names}, **changes})

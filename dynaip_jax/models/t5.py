@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from dynaip_jax import schema
 from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import RMSNorm, embedding, linear, scanned
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.models.hf import check_config, config_from_hf
+from dynaip_jax.models.hf import config_from_hf
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 
 
@@ -40,12 +41,14 @@ class T5Config:
 
     def __post_init__(self):
         buckets, distance = "relative_attention_num_buckets", "relative_attention_max_distance"
-        check_config(self, "vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", buckets, distance)
+        schema.check(self, vocab_size=schema.WORDS, num_layers=schema.BLOCKS, layer_norm_epsilon=schema.EPSILON)
         if self.relative_attention_num_buckets % 4:
             raise ValueError(f"{buckets} {self.relative_attention_num_buckets}: expected a multiple of 4")
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
             longest = self.relative_attention_max_distance
             raise ValueError(f"{distance} {longest}: expected more than a quarter of {buckets}")
+        block = self.d_model * (4 * self.num_heads * self.d_kv + 3 * self.d_ff)
+        schema.check_total(self.vocab_size * self.d_model + self.num_layers * block)
 
     @classmethod
     def xxl(cls, **changes) -> T5Config:

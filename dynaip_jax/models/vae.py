@@ -17,12 +17,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dynaip_jax import schema
 from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import linear
 from dynaip_jax.layers.compute import REMAT_POLICIES, Compute
 from dynaip_jax.runtime.sharding import PICTURES, constrain
 
 NORM_GROUPS = 32
+LEVELS = 8
+MOST = dict(
+    resolution=1 << 14,
+    in_channels=1 << 10,
+    ch=1 << 12,
+    out_ch=1 << 10,
+    ch_mult=64,
+    num_res_blocks=16,
+    z_channels=1 << 12,
+)
 REMAT = ("none", "full")  # saving matrix products would save nothing here: the work is in convolutions
 
 
@@ -47,6 +58,10 @@ class VAEConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        least = {name: (-schema.LARGEST, most) for name, most in MOST.items()}  # what is too small is told below
+        schema.check(self, **least, scale_factor=(-1e6, 1e6), shift_factor=(-1e6, 1e6))
+        if len(self.ch_mult) > LEVELS:
+            raise ValueError(f"ch_mult {self.ch_mult[:LEVELS]}...: expected at most {LEVELS} levels")
         if self.ch <= 0 or self.ch % NORM_GROUPS:
             raise ValueError(f"ch {self.ch}: expected a multiple of {NORM_GROUPS}, the number of GroupNorm groups")
         if not self.ch_mult or min(self.ch_mult) < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from dynaip_jax import choices
 from dynaip_jax.adapters.dynaip import DynaIPConfig, abstract_adapter_params
-from dynaip_jax.errors import OutOfMemory, UserError
+from dynaip_jax.errors import OutOfMemory, UserError, reason
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.quantize import quantized, weights_model
 from dynaip_jax.families.registry import family_of, open_bundle
@@ -50,6 +51,7 @@ class Opened(NamedTuple):
     folder: str | Path | None
     mesh: Mesh | None
     offload_text: bool
+    verify: bool
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def read(self) -> tuple[dict[str, Any], Any]:
@@ -62,7 +64,7 @@ class Opened(NamedTuple):
                 if self.folder is None or self.model.adapter is None:
                     return params, None
                 boxed = abstract_adapter_params(self.model.adapter, family.compute("clip_vision"), boxed=True)
-                return params, read_adapter_weights(self.folder, self._target(boxed))
+                return params, read_adapter_weights(self.folder, self._target(boxed), verify=self.verify)
         except OutOfMemory as e:
             raise UserError(
                 f"{self.model.bundle.path}: its weights do not fit into memory ({e}); {self.remedies()}"
@@ -80,7 +82,8 @@ class Opened(NamedTuple):
         params = {}
         for name, _ in family.configs:
             target = self._target(family.abstract_params(name, boxed=True))
-            params[name] = bundle.load(name, on_host(target) if name in in_host else target)
+            target = on_host(target) if name in in_host else target
+            params[name] = bundle.load(name, target, verify=self.verify)
         params["transformer"] = quantized(family, params["transformer"])
         return params
 
@@ -98,6 +101,7 @@ def open_model(
     attention: str = "auto",
     weights: str = "full",
     offload_text: bool = False,
+    verify: bool = True,
 ) -> Opened:
     """Opens a bundle and, if given, an adapter made for it; see `DynaIPPipeline.load`. Reads no weights.
 
@@ -112,11 +116,14 @@ def open_model(
         ("weights", weights, choices.WEIGHTS),
         ("any_base", any_base, (False, True)),
         ("offload_text", offload_text, (False, True)),
+        ("verify", verify, (False, True)),
     ):
         if not isinstance(value, (str, bool, type(None))) or value not in allowed:
             raise UserError(f"`{name}` {value}: expected one of {', '.join(str(x) for x in allowed if x is not None)}")
     if not isinstance(mesh, (MeshConfig, type(None))):
         raise UserError(f"`mesh` {mesh}: expected a MeshConfig, such as parse_mesh makes of data=2,fsdp=4")
+    if not verify:
+        warnings.warn(f"{bundle}: files are not compared with their checksums (verify=False)", stacklevel=3)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     compute = Compute(dtype=kind, param_dtype=kind, attention=attention, weights=weights)
     family = family_of(opened, compute, reference=adapter is not None)
@@ -125,9 +132,9 @@ def open_model(
     if config is not None:
         family = family.with_injection(config.injection)
     grid = None if mesh is None else make_mesh(mesh)
-    tokenizers = family.load_tokenizers(opened.path / "tokenizers")
+    tokenizers = family.load_tokenizers(opened.part("tokenizers", verify=verify))
     loaded = made_with(opened, adapter, compute, any_base=any_base, mesh=grid)
-    return Opened(Described(opened, family, tokenizers, config), adapter, grid, offload_text, loaded)
+    return Opened(Described(opened, family, tokenizers, config), adapter, grid, offload_text, verify, loaded)
 
 
 def remedies(family: Family, offloaded: bool) -> str:
@@ -143,7 +150,7 @@ def read_adapter_config(path: str | Path, bundle: Bundle, family: Family, any_ba
     try:
         config = from_dict(DynaIPConfig, manifest["config"])
     except (TypeError, ValueError, KeyError) as e:
-        raise UserError(f"`adapter` {path}: config in adapter.json: {e}; export the adapter again") from e
+        raise UserError(f"`adapter` {path}: config in adapter.json: {reason(e)}; export the adapter again") from e
     vision = family.config("clip_vision")
     if vision.hidden_size != config.hmoe.clip_width or max(config.hmoe.levels) > vision.num_hidden_layers:
         raise UserError(

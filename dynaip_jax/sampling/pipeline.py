@@ -115,6 +115,7 @@ class DynaIPPipeline:
         attention: str = "auto",
         weights: str = "full",
         offload_text: bool = False,
+        verify: bool = True,
     ) -> DynaIPPipeline:
         """Reads a bundle and, if given, an adapter made for it.
 
@@ -122,6 +123,7 @@ class DynaIPPipeline:
         in float32 always. `any_base` accepts an adapter trained on another base of the same sizes. `mesh`: the devices that share
         the work, each of which reads and holds its part of every component; None = one device. `attention`: of the transformer,
         one of `choices.KERNELS`. `weights`: of its blocks, one of `choices.WEIGHTS`; 8 bits halve their memory at an error.
+        `verify`: files are compared with their checksums; False is faster and warns that damage would go unnoticed.
         `offload_text`: T5 waits in the host's memory and is on the devices only while it encodes.
         Raises `UserError` if anything on disk is not what it should be or does not fit together.
         """
@@ -135,6 +137,7 @@ class DynaIPPipeline:
                 attention=attention,
                 weights=weights,
                 offload_text=offload_text,
+                verify=verify,
             )
         )
 

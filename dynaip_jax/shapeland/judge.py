@@ -6,14 +6,18 @@ nothing with the models that it judges. Axis letters: b batch, g grid cells, k c
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dynaip_jax.errors import UserError
 from dynaip_jax.layers.basic import LayerNorm
 from dynaip_jax.shapeland.world import BACKGROUNDS, CLASSES, POSITIONS, SIZE
+from dynaip_jax.storage.manifest import flatten
+from dynaip_jax.storage.tensors import read_tree
 
 WIDTHS = (32, 64, 128)
 IDENTITY = 32
@@ -64,6 +68,20 @@ class Judge(nn.Module):
 def init_judge(key: jax.Array) -> Any:
     """Random parameters."""
     return nn.meta.unbox(Judge().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
+
+
+def read_judge(path: str | Path) -> Any:
+    """The parameters in a file. Raises `UserError` for a file that cannot be read or is not a judge's."""
+    tree = read_tree(path)
+    shapes, expected = (
+        {k: x.shape for k, x in flatten(t).items()} for t in (tree, jax.eval_shape(init_judge, jax.random.key(0)))
+    )
+    if wrong := sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k)):
+        name = wrong[0]
+        raise UserError(
+            f"{path}: not a judge: {name}: found {shapes.get(name)}, expected {expected.get(name)}; use another file"
+        )
+    return tree
 
 
 @jax.jit

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage import checksums
 from dynaip_jax.storage.bundle import Bundle
-from dynaip_jax.storage.folders import as_path, replacing
+from dynaip_jax.storage.folders import AnyPath, as_path, replacing
 from dynaip_jax.storage.manifest import ADAPTER_FILE, MANIFESTS, flatten, read_manifest, write_manifest
-from dynaip_jax.storage.tensors import TensorFile, write_tree
+from dynaip_jax.storage.tensors import TensorFile, check_weights, write_tree
 
 ADAPTER_WEIGHTS, KIND = "adapter.safetensors", "dynaip-adapter"
+REMEDY = "export the adapter again"
 
 
 def write_adapter(
@@ -32,6 +34,7 @@ def write_adapter(
     with replacing(path, overwrite=overwrite, marks=MANIFESTS) as work:
         write_tree(work / ADAPTER_WEIGHTS, params)
         content = dict(config=config, base=base, training_step=step, conventions=conventions)
+        content |= dict(checksums=checksums.of_files(work))
         write_manifest(work / ADAPTER_FILE, KIND, content)
 
 
@@ -42,8 +45,8 @@ def read_adapter_manifest(
 
     Raises `UserError` for another format or family, and for another base model unless `any_base`; the message names the option `field`.
     """
-    manifest = read_manifest(as_path(path), ADAPTER_FILE, KIND, field, "export the adapter again")
-    made_for, family = manifest.get("base", {}), base.manifest["family"]
+    manifest = _manifest(as_path(path), field)
+    made_for, family = manifest["base"], base.manifest["family"]
     if made_for.get("family") != family:
         raise UserError(
             f"`{field}` {path}: made for family {made_for.get('family')!r}; the model is {family!r}; use an adapter for it"
@@ -57,9 +60,9 @@ def read_adapter_manifest(
     return manifest
 
 
-def read_adapter_weights(path: str | Path, target: Mapping[str, Any]) -> dict[str, Any]:
+def read_adapter_weights(path: str | Path, target: Mapping[str, Any], *, verify: bool = True) -> dict[str, Any]:
     """The adapter's tree in the shapes, dtypes and shardings of `target`; each device reads its part alone. Raises `UserError` if
-    names, shapes or values are not right."""
+    names, shapes or values are not right, and, unless `verify` is False, if the file is not the one that was written."""
     import jax
     import jax.numpy as jnp
     from flax.traverse_util import unflatten_dict
@@ -72,8 +75,13 @@ def read_adapter_weights(path: str | Path, target: Mapping[str, Any]) -> dict[st
         name = wrong[0]
         raise UserError(
             f"{weights}: {len(wrong)} tensors do not fit {ADAPTER_FILE}; the first, {name}: found {stored.get(name)}, "
-            f"expected {expected.get(name)}; export the adapter again"
+            f"expected {expected.get(name)}; {REMEDY}"
         )
+    if verify:
+        stated = _manifest(as_path(path)).get("checksums", {})
+        checksums.verify(as_path(path), stated, ADAPTER_WEIGHTS, ADAPTER_FILE, REMEDY)
+    for name in file:
+        check_weights(str(weights), name, file.dtype(name))
     params = {}
     for k, t in flatten(target).items():
         x = jax.make_array_from_callback(t.shape, t.sharding, partial(_read_part, file, k, t.dtype))
@@ -83,6 +91,11 @@ def read_adapter_weights(path: str | Path, target: Mapping[str, Any]) -> dict[st
             )
         params[k] = x
     return unflatten_dict(params, sep=".")
+
+
+def _manifest(path: AnyPath, field: str = "adapter") -> dict[str, Any]:
+    fields = dict(config=dict[str, Any], base=dict[str, str])
+    return read_manifest(path, ADAPTER_FILE, KIND, field, REMEDY, fields)
 
 
 def _read_part(file: TensorFile, name: str, dtype: Any, part: tuple[slice, ...]) -> np.ndarray:

@@ -6,25 +6,36 @@ Knows no model class; trees and configs come in from the caller.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynaip_jax.errors import OutOfMemory, UserError, out_of_memory
+from dynaip_jax import reading
+from dynaip_jax.errors import OutOfMemory, UserError, out_of_memory, reason
+from dynaip_jax.storage import checksums
 from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.storage.folders import AnyPath, as_path, copy_file, copy_tree, replacing
 from dynaip_jax.storage.manifest import BUNDLE_FILE, MANIFESTS, fingerprint, flatten, read_manifest, write_manifest
 
-KIND = "dynaip-bundle"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 LARGEST_TOKENIZER_FILE = 1 << 27  # bytes
+KIND, REMEDY = "dynaip-bundle", "convert the model again"
+FIELDS = dict(  # of bundle.json, and their types
+    family=str, fingerprint=str | None, schedule=dict[str, bool | int | float],
+    text=dict[str, int], defaults=dict[str, int | float | None],
+)  # fmt: skip
+SIDES = (1, 1 << 15)
+RANGES = dict(steps=(1, 10_000), height=SIDES, width=SIDES, t5_length=(1, 1 << 14), clip_length=(1, 1 << 14))
 
 
 def save_params(folder: Path, params: Mapping[str, Any]) -> None:
@@ -44,6 +55,16 @@ def _plainly() -> dict[str, Any]:
     return dict(temporary_path_class=ocp.path.atomicity.AtomicRenameTemporaryPath)
 
 
+@lru_cache(maxsize=1)
+def _quiet() -> None:
+    """What Orbax raises of files that it cannot read, it also logs, with tracebacks; and reads of it that end after the first that
+    failed would print one each."""
+    for logger in map(logging.getLogger, ("absl", "asyncio")):
+        logger.addFilter(lambda record: record.levelno < logging.ERROR)
+    told = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if str(what.exc_value) == "Event loop is closed" else told(what)
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened model folder, local or in a bucket. `manifest` is the content of `bundle.json`."""
@@ -58,21 +79,28 @@ class Bundle:
         Raises `UserError` for anything that is not a bundle we can read.
         """
         path = as_path(path)
-        if (path / "model_index.json").is_file():
+        if reading.is_file(path / "model_index.json"):
             raise UserError(
                 f"`bundle` {path}: a diffusers folder; expected a bundle; convert it: "
                 f"python -m tools.convert_torch_weights --source {path} --out BUNDLE"
             )
-        manifest = read_manifest(path, BUNDLE_FILE, KIND, "bundle", "convert the model again")
+        manifest = read_manifest(path, BUNDLE_FILE, KIND, "bundle", REMEDY, FIELDS)
         if manifest.get("family") not in families:
             raise UserError(
                 f"{path / BUNDLE_FILE}: unknown family {manifest.get('family')!r}; expected one of {', '.join(families)}; "
                 "use a newer dynaip_jax or another model"
             )
-        if not isinstance(manifest.get("components"), dict):
+        components = manifest.get("components")
+        if not isinstance(components, dict) or not all(map(_is_component, components.values())):
             raise UserError(
-                f"{path / BUNDLE_FILE}: no components; expected what the converter writes; convert the model again"
+                f"{path / BUNDLE_FILE}: no components, each with its config; expected what the converter writes; {REMEDY}"
             )
+        for name, (least, most) in RANGES.items():
+            for values in (manifest["text"], manifest["defaults"]):
+                if (value := values.get(name)) is not None and not least <= value <= most:
+                    raise UserError(
+                        f"{path / BUNDLE_FILE}: {name} {value}: expected a number from {least} to {most}; {REMEDY}"
+                    )
         return cls(path, manifest)
 
     @property
@@ -90,19 +118,32 @@ class Bundle:
         try:
             return from_dict(config_class, self.manifest["components"][name]["config"])
         except (TypeError, ValueError, KeyError) as e:
-            raise UserError(f"{self.path / BUNDLE_FILE}: config of {name}: {e}; convert the model again") from e
+            raise UserError(f"{self.path / BUNDLE_FILE}: config of {name}: {reason(e)}; {REMEDY}") from e
 
-    def load(self, name: str, target: Any) -> Any:
+    def part(self, name: str, *, verify: bool = True) -> AnyPath:
+        """The folder of a component or of "tokenizers". Raises `UserError` if it is missing or, unless `verify` is False, if a file in
+        it is not the one that was written; bundles of before checksums are taken as they are."""
+        folder = self.path / name
+        if not reading.is_dir(folder):
+            raise UserError(
+                f"{folder}: missing; expected the {'' if name == 'tokenizers' else 'weights of '}{name}; {REMEDY}"
+            )
+        if verify:
+            checksums.verify(
+                self.path, self.manifest.get("checksums", {}), name, BUNDLE_FILE, "copy or convert the model again"
+            )
+        return folder
+
+    def load(self, name: str, target: Any, *, verify: bool = True) -> Any:
         """The parameters of a component, restored to the shapes, dtypes and shardings of `target`.
 
-        `target`: a tree of `jax.ShapeDtypeStruct`. Raises `UserError` if the checkpoint is missing, damaged or of other shapes.
+        `target`: a tree of `jax.ShapeDtypeStruct`; `verify`: see `part`. Raises `UserError` if the checkpoint is missing, damaged or of
+        other shapes.
         """
         import orbax.checkpoint as ocp
 
-        folder = self.path / name
-        advice = "convert the model again"
-        if not folder.is_dir():
-            raise UserError(f"{folder}: missing; expected the weights of {name}; {advice}")
+        folder = self.part(name, verify=verify)
+        _quiet()
         try:
             with ocp.StandardCheckpointer(**_plainly()) as checkpointer:
                 stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
@@ -112,17 +153,21 @@ class Bundle:
                     first = next(iter(dict(set(shapes.items()) ^ set(expected.items()))))
                     raise UserError(
                         f"{folder}: weights do not fit the config in {BUNDLE_FILE}: {first}: found {shapes.get(first)}, "
-                        f"expected {expected.get(first)}; {advice}"
+                        f"expected {expected.get(first)}; {REMEDY}"
                     )
                 return checkpointer.restore(folder.absolute(), target)
         except UserError:
             raise
-        except (ValueError, KeyError, OSError, TypeError, RuntimeError, AttributeError) as e:
+        except Exception as e:  # Orbax and TensorStore each raise their own
             if out_of_memory(e):
-                raise OutOfMemory(str(e)[:160]) from e
+                raise OutOfMemory(reason(e, 160)) from e
             raise UserError(
-                f"{folder}: cannot be read ({str(e)[:160]}); expected whole weights of {name}; {advice}"
+                f"{folder}: cannot be read ({reason(e)}); expected whole weights of {name}; {REMEDY}"
             ) from e
+
+
+def _is_component(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("config"), dict)
 
 
 class NewComponent(NamedTuple):
@@ -167,6 +212,7 @@ def write_bundle(
         content = dict(
             family=family, fingerprint=base, components=entries, schedule=schedule, text=text, defaults=defaults
         )
+        content |= dict(checksums=checksums.of_files(work))
         write_manifest(work / BUNDLE_FILE, KIND, content)
 
 
@@ -221,4 +267,6 @@ def replace_component(
         )
         if name == "transformer":
             manifest["fingerprint"] = fingerprint(params)
+        kept = {file: value for file, value in manifest.get("checksums", {}).items() if not file.startswith(f"{name}/")}
+        manifest["checksums"] = checksums.of_files(work, kept)
         write_manifest(work / BUNDLE_FILE, KIND, manifest)

@@ -9,34 +9,44 @@ from typing import Any
 
 import numpy as np
 
-from dynaip_jax.errors import UserError
+from dynaip_jax import reading
+from dynaip_jax.errors import UserError, shortened
+from dynaip_jax.schema import typed
 from dynaip_jax.storage.folders import AnyPath
 
 FORMAT_VERSION = 1
 BUNDLE_FILE, ADAPTER_FILE = "bundle.json", "adapter.json"
 MANIFESTS = (BUNDLE_FILE, ADAPTER_FILE)
+OPTIONAL = dict(checksums=dict[str, str])  # fields that folders of older versions lack
 
 
-def read_manifest(path: AnyPath, file: str, kind: str, field: str, remedy: str) -> dict[str, Any]:
+def read_manifest(
+    path: AnyPath, file: str, kind: str, field: str, remedy: str, fields: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of `file` in the folder `path`. Raises `UserError`, which names the option `field` and says the `remedy`, if
-    there is none, if its "format" is not `kind`, or if its version is another than `FORMAT_VERSION`."""
-    if not path.is_dir():
+    there is none, if its "format" is not `kind`, if its version is another than `FORMAT_VERSION`, or if it lacks one of `fields` (name
+    -> type, as in a dataclass) or has it in another type. Names in `OPTIONAL` may be missing."""
+    if not reading.is_dir(path):
         raise UserError(f"`{field}` {path}: no such folder; expected one with {file}; check the path")
-    try:
-        manifest = json.loads((path / file).read_text())
-    except FileNotFoundError as e:
-        raise UserError(
-            f"`{field}` {path}: no {file} in it; expected a folder made by dynaip_jax; check the path"
-        ) from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path / file}: not readable as JSON ({e}); {remedy}") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+    if not reading.exists(path / file):
+        raise UserError(f"`{field}` {path}: no {file} in it; expected a folder made by dynaip_jax; check the path")
+    manifest = reading.read_json(path / file, expected=f"what dynaip_jax wrote, a {kind} file", remedy=remedy)
+    if manifest.get("format") != kind:
         raise UserError(f'{path / file}: not a {kind} file; expected "format": "{kind}"; {remedy}')
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path / file}: format version {manifest.get('format_version')}; this program reads version {FORMAT_VERSION}; "
+            f"{path / file}: format version {shortened(repr(manifest.get('format_version')), 40)}; this program reads version {FORMAT_VERSION}; "
             f"{remedy} with this version, or install the one that wrote it"
         )
+    for name, expected in {**fields, **OPTIONAL}.items():
+        if name not in manifest and name in OPTIONAL:
+            continue
+        try:
+            if name not in manifest:
+                raise ValueError(f"{name} is missing")
+            typed(expected, manifest[name], name)
+        except ValueError as e:
+            raise UserError(f"{path / file}: {e}; expected what dynaip_jax wrote; {remedy}") from e
     return manifest
 
 

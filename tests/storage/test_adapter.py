@@ -1,5 +1,7 @@
 """Adapters on disk and in a bucket."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -33,7 +35,9 @@ def place(request, tmp_path, bucket):
 
 def test_what_is_written_is_read(place):
     path = write(f"{place}/one")
-    assert read_adapter_manifest(path, base=BASE) == dict(
+    manifest = read_adapter_manifest(path, base=BASE)
+    assert manifest.pop("checksums").keys() == {ADAPTER_WEIGHTS}
+    assert manifest == dict(
         format="dynaip-adapter", format_version=1, config=dict(width=4), base=dict(family="flux", fingerprint="f" * 64),
         training_step=7, conventions=dict(guidance=1.0),
     )  # fmt: skip
@@ -67,4 +71,34 @@ def test_adapters_that_do_not_fit(place):
         read_adapter_weights(path, target())
     (as_path(path) / ADAPTER_FILE).unlink()
     with pytest.raises(UserError, match="`adapter` .*/nan: no adapter.json in it"):
+        read_adapter_manifest(path, base=BASE)
+
+
+def test_weights_are_those_that_were_written(place):
+    path = as_path(write(f"{place}/one"))
+    data = bytearray((path / ADAPTER_WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (path / ADAPTER_WEIGHTS).write_bytes(bytes(data))
+    with pytest.raises(
+        UserError, match="adapter.safetensors: damaged or changed.*; export the adapter again, or pass `verify` False"
+    ):
+        read_adapter_weights(path, target())
+    assert read_adapter_weights(path, target(), verify=False).keys() == TREE.keys()
+    manifest = json.loads((path / ADAPTER_FILE).read_text())
+    del manifest["checksums"]  # as before there were any
+    (path / ADAPTER_FILE).write_text(json.dumps(manifest))
+    assert read_adapter_weights(path, target()).keys() == TREE.keys()
+
+
+def test_weights_are_numbers_with_a_point(place):
+    path = write(f"{place}/one", TREE | dict(bias=np.ones(4, np.int32)))
+    with pytest.raises(UserError, match="bias holds int32; expected weights in float16"):
+        read_adapter_weights(path, target())
+
+
+@pytest.mark.parametrize("changes", [dict(base=[]), dict(base=dict(family=1)), dict(config=None)])
+def test_fields_of_other_types(place, changes):
+    path = as_path(write(f"{place}/one"))
+    (path / ADAPTER_FILE).write_text(json.dumps(json.loads((path / ADAPTER_FILE).read_text()) | changes))
+    with pytest.raises(UserError, match="adapter.json: .*expected .*; export the adapter again"):
         read_adapter_manifest(path, base=BASE)

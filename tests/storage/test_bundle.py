@@ -47,7 +47,7 @@ def write(path, **options):
 def test_what_is_written_is_read(tmp_path):
     bundle = write(tmp_path / "bundle")
     assert list(json.loads((tmp_path / "bundle" / BUNDLE_FILE).read_text())) == [
-        "format", "format_version", "family", "fingerprint", "components", "schedule", "text", "defaults",
+        "format", "format_version", "family", "fingerprint", "components", "schedule", "text", "defaults", "checksums",
     ]  # fmt: skip
     assert bundle.fingerprint == fingerprint(params(0))
     assert bundle.manifest["components"]["vae"] == dict(
@@ -119,6 +119,101 @@ def test_what_is_no_bundle(tmp_path, damage, message):
     damage(path)
     with pytest.raises(UserError, match=message.format(path=path)):
         Bundle.open(path, FAMILIES)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+
+
+def without_checksums(path):
+    manifest = json.loads((path / BUNDLE_FILE).read_text())
+    del manifest["checksums"]
+    (path / BUNDLE_FILE).write_text(json.dumps(manifest))
+    return Bundle.open(path, FAMILIES)
+
+
+def test_every_file_is_the_one_that_was_written(tmp_path):
+    bundle = write(tmp_path / "bundle")
+    files = [f for f in sorted(bundle.path.rglob("*")) if f.is_file() and f.name != BUNDLE_FILE]
+    assert sorted(bundle.manifest["checksums"]) == [f.relative_to(bundle.path).as_posix() for f in files]
+    for file in files:
+        whole = file.read_bytes()
+        part = file.relative_to(bundle.path).parts[0]
+        if whole:
+            flip(file)
+            with pytest.raises(
+                UserError, match=f"{file}: damaged or changed.*; copy or convert .* or pass `verify` False"
+            ):
+                bundle.part(part)
+        file.unlink()
+        with pytest.raises(
+            UserError, match=f"{part}: cannot be compared with bundle.json .*; expected all of its files"
+        ):
+            bundle.part(part)
+        assert bundle.part(part, verify=False) == bundle.path / part
+        file.write_bytes(whole)
+    assert bundle.load("vae", target(params(1)))["bias"].shape == (4,)
+
+
+def test_bundles_of_before_checksums_are_read(tmp_path):
+    write(tmp_path / "bundle")
+    old = without_checksums(tmp_path / "bundle")
+    np.testing.assert_array_equal(old.load("vae", target(params(1)))["bias"], params(1)["bias"])
+    replace_component(old, tmp_path / "new", "vae", params(2), dict(step=1))
+    new = Bundle.open(tmp_path / "new", FAMILIES)
+    for name in ("transformer", "vae", "tokenizers"):
+        assert new.part(name)
+    change(tmp_path / "new", checksums={"vae/../../x": "0"})
+    with pytest.raises(UserError, match="its checksums name no files of vae, or others"):
+        Bundle.open(tmp_path / "new", FAMILIES).part("vae")
+
+
+def test_a_copy_does_not_take_damage_for_whole(tmp_path):
+    bundle = write(tmp_path / "bundle")
+    damaged = next(f for f in (bundle.path / "transformer").rglob("*") if f.is_file() and f.stat().st_size)
+    flip(damaged)
+    replace_component(bundle, tmp_path / "new", "vae", params(2), dict(step=1))
+    with pytest.raises(UserError, match="damaged or changed"):
+        Bundle.open(tmp_path / "new", FAMILIES).load("transformer", target(params(0)))
+
+
+def test_an_old_bundle_that_lacks_files_is_one_line(tmp_path, capfd):
+    write(tmp_path / "bundle")
+    bundle = without_checksums(tmp_path / "bundle")
+    files = [f for f in (bundle.path / "vae").rglob("*") if f.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        for content in (None, b"", whole[: len(whole) // 2]):
+            file.unlink() if content is None else file.write_bytes(content)
+            try:
+                bundle.load("vae", target(params(1)))
+            except UserError as e:
+                assert "\n" not in str(e) and "vae" in str(e)
+            file.write_bytes(whole)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(text=dict(t5_length=10**9)), "t5_length 1000000000: expected a number from 1 to 16384"),
+        (dict(text=dict(t5_length="6")), "text.t5_length '6': expected a whole number"),
+        (dict(defaults=dict(steps=0)), "steps 0: expected a number from 1"),
+        (dict(schedule=[]), r"schedule \[\]: expected an object"),
+        (dict(fingerprint=3), "fingerprint 3: expected text"),
+        (dict(checksums=dict(a=1)), "checksums.a 1: expected text"),
+        (dict(components=dict(vae=dict(config=3))), "no components, each with its config"),
+        (dict(family="\x1b[2J" * 200), r"unknown family|family"),
+    ],
+)
+def test_fields_of_other_types_and_sizes(tmp_path, changes, message):
+    path = write(tmp_path / "bundle").path
+    change(path, **changes)
+    with pytest.raises(UserError, match=f"bundle.json: .*{message}") as e:
+        Bundle.open(path, FAMILIES)
+    assert len(str(e.value)) <= 300 and "\x1b" not in str(e.value)
 
 
 def test_weights_that_do_not_fit(tmp_path):
