@@ -271,6 +271,7 @@ def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, s
         return 2
     except interrupts.Interrupted as e:
         print(e, file=sys.stderr)
+        interrupts.leave(e.number)
         return 128 + e.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -114,6 +114,7 @@ class _Watch:
 
 
 _watch: _Watch | None = None
+_status = 0
 
 
 @contextlib.contextmanager
@@ -135,8 +136,6 @@ def handled() -> Iterator[None]:
     finally:
         watch.stop()
         _watch = None
-        if watch.number:
-            atexit.register(_limit_exit, 128 + watch.number)
 
 
 @contextlib.contextmanager
@@ -178,11 +177,25 @@ def _listed(items: list, item: object) -> Iterator[None]:
         items.remove(item)
 
 
-def _limit_exit(status: int) -> None:
-    """Begins when the interpreter ends, which would wait for programs that still run."""
-    timer = threading.Timer(GRACE, os._exit, (status,))
+def leave(number: int) -> None:
+    """Has the interpreter end, when it does, with the status of a signal and without waiting for programs that still run."""
+    global _status
+    _status = 128 + number
+    atexit.register(_limit_exit)  # the last one is called first
+
+
+def _limit_exit() -> None:
+    timer = threading.Timer(GRACE, os._exit, (_status,))
     timer.daemon = True
     timer.start()
+
+
+def _exit() -> None:
+    if _status:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_status)
 
 
 def _forked() -> None:
@@ -193,3 +206,6 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+atexit.register(
+    _exit
+)  # the first one is called last: what comes then waits for programs, and no other thread runs any more

@@ -1,11 +1,21 @@
 """Ctrl-C and SIGTERM end a command within seconds, also where the main thread does not come back to Python."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+
+from dynaip_jax import interrupts
+from dynaip_jax.data.check import Limits
+from dynaip_jax.shapeland import measure
+from tools.convert_torch_weights import __main__ as converter
+from train import cache, prepare
 
 HEAD = """
 import ctypes, os, sys, time
@@ -108,6 +118,16 @@ def test_what_does_not_end_by_itself_is_ended(command):
     assert found == 143 and "terminated; the picture is lost" in err and seconds < 13
 
 
+def test_the_end_of_the_interpreter_does_not_hold_it_up(command):
+    """What waits for compiled programs there waits for them to end."""
+    body = (
+        "class Program:\n    def __del__(self, stuck=stuck):\n        stuck()\n"
+        "import atexit\natexit.register(lambda: print('exit'))\nsys.program = Program()\nready()"
+    )
+    found, out, err, seconds = ended(command(body), signal.SIGINT)
+    assert (found, out, err) == (130, "exit\n", "interrupted; the picture is lost\n") and seconds < 5
+
+
 def test_signals_of_a_forked_process_are_its_own(command):
     body = (
         "child = os.fork()\nif not child:\n    time.sleep(30)\n    os._exit(0)\ntime.sleep(0.3)\nos.kill(child, 15)\n"
@@ -128,3 +148,63 @@ def test_an_ignored_signal_stays_ignored(command):
         signal.signal(signal.SIGINT, before)
     found, out, err, _ = ended(process, signal.SIGINT)
     assert (found, out, err) == (0, "done\n", "")
+
+
+# --- what commands say
+
+
+@pytest.fixture
+def loss():
+    """What a call says that is interrupted where it calls `signals`."""
+
+    def run(call):
+        with pytest.raises(interrupts.Interrupted) as raised, interrupts.handled():
+            call()
+        return str(raised.value)
+
+    return run
+
+
+def signals(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+
+
+def test_cache_and_prepare_write_nothing(loss, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "write_dataset", signals)
+    source = SimpleNamespace(entries=0, rows=[])
+    said = loss(lambda: prepare.prepare(source, tmp_path / "data", Limits()))
+    assert said == f"interrupted; nothing is written to {tmp_path / 'data'}"
+    for name in ("Encoding", "open_data", "make_order"):
+        monkeypatch.setattr(cache, name, lambda *_: SimpleNamespace(content=""))
+    monkeypatch.setattr(cache.features, "facts", lambda *_: {})
+    monkeypatch.setattr(cache, "_write_features", signals)
+    monkeypatch.setattr("train.run.Run", lambda config: SimpleNamespace(encoder_identity=""))
+    config = SimpleNamespace(data=None, batch=1, dtype="float32")
+    said = loss(lambda: cache.cache(config, tmp_path / "features"))
+    assert said == f"interrupted; nothing is written to {tmp_path / 'features'}"
+    assert not [path.name for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_the_converter_writes_nothing(loss, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter, "LAYOUTS", [SimpleNamespace(family="x", manifest=lambda *_: {})])
+    monkeypatch.setattr(converter, "write_bundle", signals)
+    said = loss(lambda: converter.convert([], None, tmp_path / "bundle"))
+    assert said == f"interrupted; nothing is written to {tmp_path / 'bundle'}" and not list(tmp_path.iterdir())
+
+
+def test_the_evaluator_counts_its_rows(loss, monkeypatch):
+    rows = ["true-render", "reference-pasted"]
+    monkeypatch.setattr(measure, "check", lambda *_: rows)
+    monkeypatch.setattr(measure, "scores", lambda *_: (np.ones(2), np.ones(2)))
+    monkeypatch.setattr(measure, "draw", lambda pipe, cases, setting, *_: setting.source == "references" and signals())
+    said = loss(lambda: measure.evaluate(SimpleNamespace(model=None), None, rows, [1], num=2, calibrations={1: 1}))
+    assert said == "interrupted; 1 of 2 rows were measured, and are lost"
+
+
+def test_every_command_heeds_signals():
+    root = Path(__file__).parent.parent
+    for folder in ("train", "tools"):
+        for path in (root / folder).rglob("*.py"):
+            _, main, last = path.read_text().partition('if __name__ == "__main__":')
+            assert not main or "sys.exit(run_cli(main))" in last, path

@@ -213,7 +213,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
         raise UserError(f"`{name}` {shown(value)}: expected a number")
     try:
         number = value if isinstance(value, int) else float(value)
@@ -226,7 +226,9 @@ def _number(name: str, value: Any) -> float:
 
 def _numbers(name: str, value: Any) -> Any:
     """A number, or sequences and arrays as tuples of numbers."""
-    if isinstance(value, (str, bytes, Mapping, Set)) or not (hasattr(value, "__len__") or getattr(value, "ndim", 0)):
+    if isinstance(value, (str, bytes, Mapping, Set)) or not (
+        hasattr(value, "__len__") or getattr(value, "ndim", 0) != 0
+    ):
         return _number(name, value)
     items = value if isinstance(value, Sequence) else getattr(value, "tolist", lambda: value)()
     if not isinstance(items, Sequence):  # an array without axes

@@ -106,7 +106,8 @@ def make_request(
     family = model.family
     used = given.filled(model.defaults, multiple=family.multiple, takes_guidance=family.takes_guidance)
     assert used.height is not None and used.width is not None
-    latent = family.latent(used.height, used.width)
+    size = used.height, used.width
+    latent = family.latent(*size)
     start, seeds = initial_noise(noise, given, latent)
     each = len(start) if start is not None else len(seeds or ())
     if len(prompts) * each > MOST:
@@ -117,7 +118,7 @@ def make_request(
         used = changed(used, dict(merge=model.adapter.merge))
     where: Mapping[str, np.ndarray | None] = {}
     if subjects.references:
-        where = places(family, model.tokenizers, prompts, subjects, mode, (used.height, used.width))
+        where = places(family, model.tokenizers, prompts, subjects, mode, size)
     return Request(
         prompt=prompt if isinstance(prompt, str) else prompts,
         prompts=prompts,
