@@ -24,8 +24,9 @@ from train.state import TrainState
 from train.workdir import CHECKPOINTS, disk_errors, steps_in
 
 
-def _below_error(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR
+def _of_use(record: logging.LogRecord) -> bool:
+    """Not what Orbax also raises, with tracebacks, nor its advice to save less often."""
+    return record.levelno < logging.ERROR and not str(record.msg).startswith("Waiting for previous save")
 
 
 class Checkpoints:
@@ -56,8 +57,8 @@ class Checkpoints:
             self.mean_loss(step)
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._all_but_late_writes
-        for logger in map(logging.getLogger, ("absl", "asyncio")):  # Orbax raises what it also logs, with tracebacks
-            logger.addFilter(_below_error)
+        for logger in map(logging.getLogger, ("absl", "asyncio")):
+            logger.addFilter(_of_use)
         with disk_errors(workdir):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
