@@ -92,7 +92,7 @@ class Index:
         )  # fmt: skip
 
 
-def write_index(folder: Path, digests: np.ndarray, **arrays: np.ndarray) -> None:
+def write_index(folder: Path, digests: np.ndarray, **arrays: Any) -> None:
     """Writes `index.npz` of the `arrays` of all rows, whose digests are uint8 `[n, 32]`."""
     checks = np.ascontiguousarray(digests[:, :4]).view("<u4")[:, 0]
     content = np.array(hashlib.sha256(np.ascontiguousarray(digests).data).hexdigest())
