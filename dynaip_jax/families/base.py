@@ -102,14 +102,15 @@ class Family(abc.ABC):
         plain = Compute(dtype=compute.dtype, param_dtype=compute.param_dtype)
         computes = {name: FLOAT32 if name in cls.exact else plain for name in names} | dict(transformer=compute)
         text = bundle.manifest["text"]
-        if missing := {"steps", "guidance", "height", "width"} - bundle.manifest["defaults"].keys():
-            raise UserError(f"{bundle.path}: defaults in bundle.json lack {min(missing)}; convert the model again")
         try:
             schedule = from_dict(ScheduleConfig, bundle.manifest["schedule"])
         except (TypeError, ValueError) as e:
             raise UserError(f"{bundle.path}: schedule in bundle.json: {reason(e)}; convert the model again") from e
         family = cls(tuple(configs.items()), tuple(computes.items()), schedule, tuple(text.items()))
         family.check(bundle.path)
+        needed = {"steps", "height", "width"} | ({"guidance"} if family.takes_guidance else set())
+        if missing := needed - bundle.manifest["defaults"].keys():
+            raise UserError(f"{bundle.path}: defaults in bundle.json lack {min(missing)}; convert the model again")
         return family
 
     # --- its networks
