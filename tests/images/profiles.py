@@ -11,8 +11,9 @@ def fixed(*values):
 
 
 def profile(space="RGB ", gamma=1.8, primaries=PRIMARIES):
-    """A profile of version 2 for `space` ("RGB " or "GRAY") whose curve is x ** `gamma`."""
-    curve = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(gamma * 256))
+    """A profile of version 2 for `space` ("RGB " or "GRAY") whose curve is x ** `gamma`, or about sRGB's for None."""
+    points = [round(gamma * 256)] if gamma else [round(decoded((n / 1023) ** 1.01) * 65535) for n in range(1024)]
+    curve = b"curv\0\0\0\0" + struct.pack(f">I{len(points)}H", len(points), *points) + bytes(2 * (len(points) % 2))
     text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(78)
     tags = [
         (b"desc", text + bytes(-len(text) % 4)),
@@ -36,3 +37,8 @@ def profile(space="RGB ", gamma=1.8, primaries=PRIMARIES):
 def encoded(linear):
     """sRGB's curve, [0, 1] -> [0, 1]."""
     return 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055
+
+
+def decoded(value):
+    """The inverse of `encoded`."""
+    return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
