@@ -71,8 +71,9 @@ def agree_on_compiled() -> None:
     loaded need not exchange its data in the order of one that was compiled: on CPUs, whose programs have another key in each
     process, the run aborts.
     """
-    folder = jax.config.jax_compilation_cache_dir
-    if jax.process_count() == 1 or not folder or not jax.config.jax_enable_compilation_cache:
+    options: Any = jax.config  # its attributes are made as JAX runs
+    folder = options.jax_compilation_cache_dir
+    if jax.process_count() == 1 or not folder or not options.jax_enable_compilation_cache:
         return
     jax.config.update("jax_enable_compilation_cache", False)
     if jax.default_backend() == "cpu":

@@ -33,10 +33,10 @@ VERSION = 1
 
 
 class Share(NamedTuple):
-    """What one of several hosts does: every `count`-th part from `number`, which counts from 1."""
+    """What one of several hosts does: every `hosts`-th part from `number`, which counts from 1."""
 
     number: int
-    count: int
+    hosts: int
 
     @classmethod
     def parse(cls, text: str) -> Share:
@@ -80,7 +80,7 @@ def make_parts(
                 rows = list(itertools.islice(source.rows, ROWS_A_SHARD))
                 if not rows:
                     break
-                if share is None or number % share.count == share.number - 1:
+                if share is None or number % share.hosts == share.number - 1:
                     waiting.append(pool.submit(make_part, rows, folder / f"part-{number:06d}", limits))
                 while len(waiting) > 2 * processes:
                     yield waiting.popleft().result()

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = f", {len(done.bad)} bad rows left out" if done.bad else ""
     if share is not None:
         print(
-            f"{args.out}: part {share.number} of {share.count} is done, {done.written} rows{left_out}; run without --share to join all"
+            f"{args.out}: part {share.number} of {share.hosts} is done, {done.written} rows{left_out}; run without --share to join all"
         )
         return 0
     print(f"{args.out}: {done.written} rows from {source.entries} entries of {args.source}{left_out}")

@@ -158,6 +158,7 @@ class Dataset:
     sizes: Any
     numbers: Any
     masked: Any
+    _checks: Any
 
     def __init__(self, path: str | os.PathLike[str], *, known: str = ""):
         self.path = as_path(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -238,7 +238,9 @@ def _numbers(name: str, value: Any) -> Any:
     return tuple(_numbers(name, x) for x in items)
 
 
-KINDS = dict(text=_text, count=_count, number=_number, numbers=_numbers)  # of options: what makes a plain value of one
+KINDS: dict[str, Callable[[str, Any], Any]] = dict(
+    text=_text, count=_count, number=_number, numbers=_numbers
+)  # of options: what makes a plain value of one
 
 
 def shown(value: Any) -> str:
