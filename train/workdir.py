@@ -13,7 +13,8 @@ from pathlib import Path
 
 from etils import epath
 
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, reason
+from dynaip_jax.reading import parse_json
 from dynaip_jax.storage.codec import from_dict, to_dict
 from dynaip_jax.storage.folders import copy_tree, is_bucket
 from dynaip_jax.storage.locks import hold, hold_in_bucket, holder_of
@@ -54,10 +55,12 @@ def check_workdir(
 def _check_same(workdir: epath.Path, config: TrainConfig, identity: Mapping[str, str]) -> None:
     run = workdir / RUN_FILE
     try:
-        saved = json.loads(run.read_text())
+        saved = parse_json(run.read_bytes())
         differences, base = differing(from_dict(TrainConfig, saved["config"]), config), saved["base"]
     except (OSError, ValueError, KeyError, TypeError, UserError) as e:
-        raise UserError(f"{run}: not readable ({e}); expected the run's config; start again with `overwrite`") from e
+        raise UserError(
+            f"{run}: not readable ({reason(e)}); expected the run's config; start again with `overwrite`"
+        ) from e
     if base != identity["base"]:
         raise UserError(
             f"`resume` {workdir}: trained on another base (fingerprint {base[:12]}, this one has {identity['base'][:12]}); "
@@ -132,7 +135,7 @@ def holds_run(workdir: epath.PathLike) -> bool:
 def read_identity(workdir: epath.PathLike) -> dict[str, str]:
     """What the run in `workdir` is made of, as `claim_workdir` wrote it; runs of older versions say less. Errors as in `read_config`."""
     read_config(workdir)
-    saved = json.loads((epath.Path(workdir) / RUN_FILE).read_text())
+    saved = parse_json((epath.Path(workdir) / RUN_FILE).read_bytes())
     return {name: saved[name] for name in ("base", "encoders", "data") if saved.get(name)}
 
 
@@ -175,10 +178,10 @@ def go_back(workdir: epath.PathLike, step: int) -> None:
 def read_config(workdir: epath.PathLike) -> TrainConfig:
     """The config of the run in `workdir`. Raises `UserError` if there is none."""
     try:
-        return from_dict(TrainConfig, json.loads((epath.Path(workdir) / RUN_FILE).read_text())["config"])
+        return from_dict(TrainConfig, parse_json((epath.Path(workdir) / RUN_FILE).read_bytes())["config"])
     except (OSError, ValueError, KeyError, TypeError, UserError) as e:
         raise UserError(
-            f"`workdir` {workdir}: no readable {RUN_FILE} ({e}); expected a run's folder; check the path"
+            f"`workdir` {workdir}: no readable {RUN_FILE} ({reason(e)}); expected a run's folder; check the path"
         ) from e
 
 

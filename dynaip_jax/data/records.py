@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache
@@ -193,7 +192,7 @@ class Dataset:
             with np.load(file, allow_pickle=False) as index:
                 self.content = str(index["content"])
             columns = [Column(file, name) for name in ("sizes", "numbers", "masked", "checks")]
-        except (KeyError, zipfile.BadZipFile) as e:
+        except Exception as e:  # zip and NumPy each have their own
             raise ValueError(reason(e)) from e
         if self.content != known:
             raise ValueError("the dataset was replaced while it was read")

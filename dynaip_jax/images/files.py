@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.images.reading import opened
 from dynaip_jax.images.writing import SETTINGS_KEY
+from dynaip_jax.reading import parse_json
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     with opened(path, str(path), ("PNG",), "a PNG made by dynaip") as picture:
         text = picture.info.get(SETTINGS_KEY)
     try:
-        settings = json.loads(text) if isinstance(text, str) else None
+        settings = parse_json(text.encode(), halves=True) if isinstance(text, str) else None
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
