@@ -13,12 +13,11 @@ from tests.mutation.run import GOOD, run
 from tests.mutation.worker import judged
 
 QUICK = dict(
-    safetensors=300, index=150, npy=200, msgpack=200, transformer_config=100, t5_config=60, clip_text_config=60, clip_vision_config=60,
-    schedule=100, sources=150, features=60, bundle_json=60, adapter_json=40,
+    safetensors=300, index=150, npy=200, msgpack=200, transformer_config=40, t5_config=30, clip_text_config=25, clip_vision_config=20,
+    schedule=100, sources=150, features=60, bundle_json=20, adapter_json=15,
 )  # fmt: skip
-GUARDED = dict(
-    vae_config=60, pictures=25, bundle_folder=12, datasets=25
-)  # in a process of their own: they have hung, or died
+# in a process of their own: they have hung, or died
+GUARDED = dict(vae_config=25, pictures=20, bundle_folder=6, datasets=25)
 
 
 @pytest.mark.parametrize("name", QUICK)
