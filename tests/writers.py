@@ -253,6 +253,7 @@ class Faults:
     def expect(self, holds: object, what: str) -> None:
         if not holds:
             self.wrong.append(f"{self.name}: {what}")
+            print(self.wrong[-1], file=sys.stderr, flush=True)
 
     def whole(self, out: Path, when: str) -> None:
         try:
@@ -412,7 +413,6 @@ def main() -> int:
                 fault()
             print(f"{name}: {args.kills} kills and 4 more faults, {len(faults.wrong)} wrong", flush=True)
             wrong += faults.wrong
-    print("\n".join(wrong))
     return bool(wrong)
 
 
