@@ -197,10 +197,10 @@ class Cached:
             del wanted["content"]
         flat = [{**{k: v for k, v in f.items() if k != "data"}, **f["data"]} for f in (made_of, wanted)]
         for name, value in flat[1].items():
-            if flat[0].get(name) != value:
+            if (stated := flat[0].get(name)) != value:
+                stated, value = (str(x)[:12] if name == "content" else repr(x) for x in (stated, value))
                 raise UserError(
-                    f"`data.features` {path}: made with {name} {flat[0].get(name)!r}; this run has {value!r}; "
-                    "make the cache again with this run's options"
+                    f"`data.features` {path}: made with {name} {stated}; this run has {value}; make the cache again with this run's options"
                 )
         return cls(dataset, config, order.bucket_of, path, dtype, variants, stored.get("arrays"))
 

@@ -25,7 +25,8 @@ from dynaip_jax.data.check import BadRow, Picture, Row
 from dynaip_jax.errors import UserError, reason
 
 MANIFEST = "metadata.jsonl"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
+AVIF = (".avif",) if "AVIF" in images.FORMATS else ()
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", *AVIF)
 NOT_READ = (
     ".heic",
     ".heif",
@@ -116,7 +117,7 @@ def read_folder(path: Path) -> Source:
     files = [f for f in everything if f.suffix.lower() in SUFFIXES]
     ignored = _ignored(path, everything)
     if not files:
-        also = "".join(f"; {line}" for line in ignored)
+        also = "".join(f"; {line.removeprefix(f'{path}: ')}" for line in ignored)
         raise UserError(
             f"`source` {path}: empty, no picture in it{also}; expected {images.KINDS} files; check the path"
         )
@@ -143,7 +144,7 @@ def read_folder(path: Path) -> Source:
 
 def _ignored(folder: Path, entries: list[Path]) -> tuple[str, ...]:
     """What of a folder is passed over though it may be meant."""
-    kinds = Counter(f.suffix.lower() for f in entries if f.suffix.lower() in NOT_READ)
+    kinds = Counter(f.suffix.lower() for f in entries if f.suffix.lower() in set(NOT_READ) - set(SUFFIXES))
     links = [f for f in entries if f.is_symlink() and f.is_dir()]
     lines = []
     if kinds:

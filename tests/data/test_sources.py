@@ -223,11 +223,11 @@ def test_folder(tmp_path):
 
 def test_what_a_folder_has_beside_its_rows_is_said(tmp_path):
     entries(tmp_path)
-    for name in ("a.HEIC", "b.heic", "c.avif"):
+    for name in ("a.HEIC", "b.heic", "c.heif"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "linked").symlink_to(tmp_path.parent, target_is_directory=True)
     assert sources.read_folder(tmp_path).ignored == (
-        f"{tmp_path}: 1 .avif, 2 .heic files are not read; convert them to PNG or JPEG to have them",
+        f"{tmp_path}: 2 .heic, 1 .heif files are not read; convert them to PNG or JPEG to have them",
         f"{tmp_path}: links to folders are not followed: linked",
     )
     (tmp_path / "only").mkdir()

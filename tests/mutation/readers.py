@@ -503,9 +503,10 @@ class Npy(Reader):
         np.save(folder / "noise.npy", np.random.default_rng(0).normal(size=(2, 4, 3, 3)).astype(np.float32))
 
     def read(self, folder):
+        from dynaip_jax.app.recipe import Like
         from dynaip_jax.app.sample import _load_noise
 
-        x = _load_noise(folder / "noise.npy")
+        x = _load_noise(folder / "noise.npy", None, Like())
         return str(x.dtype), x.shape, x.tobytes()
 
     def different(self, folder, found):

@@ -256,7 +256,10 @@ def test_remat_recomputes_and_changes_no_value():
 
     assert "remat" in str(jax.make_jaxpr(gradient("full"))(variables))
     plain, again = (jax.jit(gradient(remat))(variables) for remat in ("none", "full"))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(x).max()), plain, again)
+    largest = max(
+        np.abs(x).max() for x in jax.tree.leaves(plain)
+    )  # the gradients of biases before a norm are rounding alone
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * largest), plain, again)
 
 
 def test_every_parameter_has_logical_axes():
