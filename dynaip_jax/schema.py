@@ -43,7 +43,7 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if kind is int:
         return _is(type(value) is int and abs(value) < LARGEST, value, name, "a whole number")
     if kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+        number = isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
         return float(_is(number and math.isfinite(value), value, name, "a finite number"))
     if kind in (str, bool, type(None)):
         what = {str: "text", bool: "true or false"}.get(kind, "nothing")

@@ -34,6 +34,9 @@ class Header(NamedTuple):
 def read_header(file: IO[bytes], size: int, kinds: str = NUMBERS) -> Header:
     """The header of a `.npy` file of `size` bytes. Raises `ValueError` for anything else, for other `kinds` of values (pickles are
     none), and unless its values fill the rest of the file."""
+    if file.read(2) == b"PK":
+        raise ValueError("no .npy file: an .npz archive of several arrays")
+    file.seek(0)
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
