@@ -202,7 +202,11 @@ def read_tree(path: str | os.PathLike[str]) -> Any:
 
 
 def write_tree(path: Path, params: Mapping[str, Any]) -> None:
-    """Writes a tree of arrays to a local file, as `read_tree` reads it."""
+    """Writes a tree of arrays to a local file, as `read_tree` reads it. Raises `OSError` if the disk is full."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(x) for name, x in flatten(params).items()}, path)
+    try:
+        save_file({name: np.ascontiguousarray(x) for name, x in flatten(params).items()}, path)
+    except SafetensorError as e:
+        raise OSError(reason(e)) from e

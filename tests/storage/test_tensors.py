@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.tensors import TensorFile, read_tree
+from dynaip_jax.storage.tensors import TensorFile, read_tree, write_tree
 from tests.conftest import FIXTURES
 
 
@@ -151,3 +152,13 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
         [sys.executable, "-c", code, path], capture_output=True, text=True, env=os.environ, timeout=120
     )
     assert done.returncode == 0 and "was cut short while it was read; expected a whole file" in done.stdout, done
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_tree(tmp_path / "a.safetensors", dict(a=np.zeros(4096, np.float32)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynaip_jax.storage.manifest import flatten
+from dynaip_jax.storage.tensors import write_tree
 
 DONE = "done.json"  # written when a stage is finished
 SPENT = "seconds.txt"  # what a stage has taken so far
@@ -19,9 +19,7 @@ SHIPPED = "bfloat16"  # dtype of weights in bundles and adapters
 
 def save_weights(folder: Path, params: Any) -> None:
     """Writes parameters to `folder`/`WEIGHTS`."""
-    from safetensors.numpy import save_file
-
-    save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, folder / WEIGHTS)
+    write_tree(folder / WEIGHTS, params)
 
 
 def rounded(params: Any) -> Any:
