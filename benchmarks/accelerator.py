@@ -154,7 +154,7 @@ class Ours:
         def seconds(subjects: int) -> float:
             features = [self.normal(1, subjects, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3)]
             args = (noise, self.text, bank(self.adapter, features) if subjects else None, times)
-            run = lambda: jax.block_until_ready(weights.run(denoising_loop, family, args, options))  # noqa: E731
+            run = lambda: jax.block_until_ready(weights.run(denoising_loop, family, args, options))
             return _median(run, self.repeats)
 
         return {f"{s} subject{'s' * (s != 1)}": seconds(s) for s in (0, 1, 2, 4)}
@@ -181,7 +181,7 @@ class Ours:
         latents = self.normal(1, 16, 2 * grid, 2 * grid)
         levels = tuple(self.normal(1, 1, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3))
         features = Features(latents, latents, jnp.full(1, 0.5), *self.text, levels, jnp.ones(1))
-        fresh = lambda key: dict(adapter=init_adapter_params(self.config, key, compute))  # noqa: E731
+        fresh = lambda key: dict(adapter=init_adapter_params(self.config, key, compute))
         state = jax.jit(lambda key: init_state(constants.optim, fresh(key)))(next(self.keys))
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
 

@@ -73,7 +73,7 @@ def step_overhead(repeats: int) -> dict[str, Any]:
     )  # fmt: skip
     frozen = dict(transformer=jax.jit(lambda k: family.init_params("transformer", k))(jax.random.key(0)))
     keys = iter(jax.random.split(jax.random.key(1), 9))
-    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    normal = lambda *shape: jax.random.normal(next(keys), shape)
     levels = tuple(normal(2, 1, 257, 128) for _ in range(3))
     latents, noise, t = normal(2, 16, 32, 32), normal(2, 16, 32, 32), sample_times(next(keys), 2, 1.0)
     features = Features(latents, noise, t, normal(2, 64, 256), normal(2, 64), levels, jnp.ones(2))

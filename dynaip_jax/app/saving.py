@@ -84,4 +84,4 @@ def _print_name(path: Path) -> None:
     try:
         print(str(path).encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        sys.stdout = open(os.devnull, "w")  # until the process ends

@@ -177,9 +177,7 @@ class DynaIPPipeline:
         What is accepted although it is lost or changes nothing is said in `warnings` of the result, and as Python warnings.
         Raises `UserError` for options that do not fit the model or each other, for non-finite results, and for too little memory.
         """
-        request = make_request(
-            self.model, prompt, references, masks=masks, words=words, noise=noise, options=options, changes=changes
-        )
+        request = self.request(prompt, references, masks=masks, words=words, noise=noise, options=options, **changes)
         warn(request, 2)
         return _joined(request, list(self.draw(request, progress)))
 

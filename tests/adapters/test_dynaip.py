@@ -120,7 +120,7 @@ def test_bank_shapes_gains_and_a_fresh_adapter(blocks, injected):
 def test_subjects_do_not_mix_in_the_bank():
     config = DynaIPConfig.for_base(BASE, 12, hmoe=dict(levels=(1, 2, 3), expert_width=24))
     params = random_params(DynaIP(config), SUBJECTS)
-    run = lambda f: DynaIP(config).apply(params, f)[0].double  # noqa: E731
+    run = lambda f: DynaIP(config).apply(params, f)[0].double
     changed = run([f.at[:, 2].set(jnp.cos(3 * f[:, 2])) for f in SUBJECTS])
     for before, after in zip(run(SUBJECTS), changed, strict=True):
         np.testing.assert_allclose(after[:, :, :2], before[:, :, :2], atol=1e-6)

@@ -26,7 +26,7 @@ def test_splash_is_attention(n, m):
     def run(kernel):
         return lambda q, k, v: (kernel(q, k, v, scale) * jnp.cos(jnp.arange(128))).sum()
 
-    splash = lambda *x: kernels.splash(*x, interpret=True)  # noqa: E731
+    splash = lambda *x: kernels.splash(*x, interpret=True)
     np.testing.assert_allclose(splash(q, k, v, scale), kernels.xla(q, k, v, scale), atol=2e-5)
     found, expected = (jax.grad(run(kernel), (0, 1, 2))(q, k, v) for kernel in (splash, kernels.xla))
     for name, a, b in zip(NAMES, found, expected, strict=True):

@@ -165,10 +165,10 @@ def test_residual_site_adds_the_ungated_heads_after_the_block(kind):
     prompt = BlockPrompt(KV(jnp.zeros_like(values), values), jnp.full((B, 1), 0.7), jnp.zeros((B, 1)))
     how = Injection(site="residual")
     if kind == "double":
-        run = lambda p: block_run(DoubleBlock(CONFIG, Compute(), how), (img, txt, None), p)[:2]  # noqa: E731
+        run = lambda p: block_run(DoubleBlock(CONFIG, Compute(), how), (img, txt, None), p)[:2]
     else:
         rows = jnp.concatenate([txt, img], axis=1)
-        run = lambda p: jnp.split(block_run(SingleBlock(CONFIG, Compute(), how, T), (rows, None), p)[0], [T], 1)[::-1]  # noqa: E731
+        run = lambda p: jnp.split(block_run(SingleBlock(CONFIG, Compute(), how, T), (rows, None), p)[0], [T], 1)[::-1]
     (image, text), (image_off, text_off) = run(prompt), run(None)
     added = 0.7 * np.mean(values, axis=2).reshape(B, 1, CONFIG.hidden_size)
     np.testing.assert_allclose(image - image_off, np.broadcast_to(added, image.shape), atol=1e-5)
@@ -178,7 +178,7 @@ def test_residual_site_adds_the_ungated_heads_after_the_block(kind):
 def test_residual_site_through_the_whole_transformer(model):
     """Through the whole transformer: it acts, otherwise than before the projection, and without gain not at all."""
     residual = Flux(CONFIG, injection=Injection(site="residual"))
-    run = lambda p: np.asarray(residual.apply(model.params, **model.inputs, image_prompt=p))  # noqa: E731
+    run = lambda p: np.asarray(residual.apply(model.params, **model.inputs, image_prompt=p))
     np.testing.assert_array_equal(run(image_prompt(0.0)), run(None))
     acting = run(image_prompt(1.0))
     assert np.abs(acting - model()).max() > 1e-3 and np.abs(acting - model(image_prompt(1.0))).max() > 1e-3
@@ -188,7 +188,7 @@ def test_full_size_forward_with_an_image_prompt():
     """Shapes of FLUX.1-dev at 1024 pixels with a bank for all blocks; nothing is allocated."""
     config, shape = FluxConfig.dev(), jax.ShapeDtypeStruct
     spec = Flux.inputs_spec(config, batch=1, image_rows=4096, text_rows=512)
-    kv = lambda depth: KV(*[shape((depth, 1, 1, 257, 24, 128), jnp.bfloat16)] * 2)  # noqa: E731
+    kv = lambda depth: KV(*[shape((depth, 1, 1, 257, 24, 128), jnp.bfloat16)] * 2)
     gain = shape((57, 1, 1), jnp.float32)
     prompt = ImagePrompt(kv(19), kv(38), gain, gain, None)
     params = jax.eval_shape(Flux(config).init, jax.random.key(0), **spec)
@@ -311,7 +311,7 @@ def test_blocks_find_the_regions_from_their_own_queries_and_keys(model, kind, mo
     assert np.abs(found - model(silent._replace(words=own[:, ::-1]))).max() > 1e-3
     monkeypatch.setattr(regions, "auto_region", lambda scores, _: jnp.ones((B, S, I)) / 4)
     given = silent._replace(region=jnp.ones((1, S, I)) / 4)
-    run = lambda p: Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p)  # noqa: E731
+    run = lambda p: Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p)
     np.testing.assert_allclose(run(silent._replace(words=own)), run(given), atol=1e-6)
 
 
@@ -365,7 +365,7 @@ def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypat
     monkeypatch.setattr(regions, "auto_region", refuse)
     monkeypatch.setattr(regions, "smoothing_matrix", refuse)
     one = jax.tree.map(lambda x: x[:, :, :1], image_prompt())
-    run = lambda p: np.asarray(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p))  # noqa: E731
+    run = lambda p: np.asarray(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p))
     np.testing.assert_array_equal(run(one._replace(words=words(3))), run(one))
     run(image_prompt())
     with pytest.raises(AssertionError, match="was computed"):
@@ -374,7 +374,7 @@ def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypat
 
 def test_auto_regions_under_remat_are_the_same(model):
     prompt, config = image_prompt(words=words(1, 6)), Compute(remat="full")
-    loss = lambda p: jnp.sum(Flux(CONFIG, config).apply(model.params, **model.inputs, image_prompt=p) ** 2)  # noqa: E731
+    loss = lambda p: jnp.sum(Flux(CONFIG, config).apply(model.params, **model.inputs, image_prompt=p) ** 2)
     value, grads = jax.value_and_grad(loss)(prompt)
     np.testing.assert_allclose(value, np.sum(model(prompt) ** 2), rtol=1e-5)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))

@@ -35,7 +35,7 @@ def test_shift_at_the_two_anchors():
 def test_euler_takes_the_schedulers_own_steps():
     scheduler = theirs(6, 300, True)
     x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
-    field = lambda x, t: np.sin(3 * x) + t  # noqa: E731
+    field = lambda x, t: np.sin(3 * x) + t
     ours, _ = flow.euler(lambda x, t, *_: (jnp.sin(3 * x) + t, None), jnp.asarray(x), jnp.asarray(scheduler.sigmas))
     for t in scheduler.timesteps:
         x = scheduler.step(torch.tensor(field(x.numpy(), t.item() / 1000)), t, x).prev_sample

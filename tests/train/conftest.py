@@ -87,7 +87,7 @@ def setup(config):
     """(constants, frozen weights, state, features of 8 samples) for the adapter."""
     run = Run(dataclasses.replace(config, mesh=MeshConfig()))
     keys = iter(jax.random.split(jax.random.key(0), 9))
-    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    normal = lambda *shape: jax.random.normal(next(keys), shape)
     levels = tuple(normal(8, 1, 17, 32) for _ in range(3))
     times = jnp.linspace(0.05, 0.95, 8)
     latents, noise = normal(8, 16, 8, 8), normal(8, 16, 8, 8)

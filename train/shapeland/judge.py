@@ -46,7 +46,7 @@ def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
     def batch_of(step: int) -> tuple[np.ndarray, Any]:
         rows = choose(seed, step, len(pictures), BATCH)
         parts = [(rows, 0), (rows, 1), (rows[:EMPTY], 2)]
-        pick = lambda x: np.concatenate([x[r, view] for r, view in parts])  # noqa: E731
+        pick = lambda x: np.concatenate([x[r, view] for r, view in parts])
         return pick(pictures), jax.tree.map(pick, labels)
 
     params = init_judge(jax.random.key(seed)) if fresh else read_tree(default.JUDGE)
