@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -60,10 +61,20 @@ def _check_class(path: AnyPath, remedy: str) -> None:
 
 
 class Tokenizers:
-    """The T5 and CLIP tokenizers of a bundle. Picklable, so that data workers may hold them."""
+    """The T5 and CLIP tokenizers of a bundle. Picklable, so that data workers may hold them; threads may share one."""
 
     def __init__(self, t5: Any, clip: Any, t5_length: int, clip_length: int = CLIP_LENGTH):
         self._tokenizers = {"T5": (t5, t5_length), "CLIP": (clip, clip_length)}
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        (t5, t5_length), (clip, clip_length) = self._tokenizers.values()
+        return type(self), (t5, clip, t5_length, clip_length)
+
+    def _read(self, which: str, text: str | list[str], **options: Any) -> Any:
+        """What a tokenizer makes of `text`. It pads and cuts as its last caller said, of whatever thread: one at a time."""
+        with self._lock:
+            return self._tokenizers[which][0](text, **options)
 
     def ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Token ids int32 `[n, t]` by text encoder ("t5", "clip_text"), padded to its length; FLUX attends to the padding too."""
@@ -85,10 +96,8 @@ class Tokenizers:
         return self._ids("CLIP", texts)
 
     def _ids(self, which: str, texts: Sequence[str]) -> np.ndarray:
-        tokenizer, length = self._tokenizers[which]
-        return np.asarray(
-            tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"], np.int32
-        )
+        options = dict(padding="max_length", max_length=self._tokenizers[which][1], truncation=True)
+        return np.asarray(self._read(which, list(texts), **options)["input_ids"], np.int32)
 
     def words(self, prompt: str, phrases: Sequence[str]) -> np.ndarray:
         """Where each phrase stands among T5's tokens of `prompt`: weights float32 `[s, t5_length]`, even over its own tokens.
@@ -104,7 +113,7 @@ class Tokenizers:
             )
         options = dict(padding="max_length", max_length=length, truncation=True)
         seen, whole = (
-            tokenizer(prompt, return_offsets_mapping=True, **kw)["offset_mapping"] for kw in (options, dict())
+            self._read("T5", prompt, return_offsets_mapping=True, **kw)["offset_mapping"] for kw in (options, dict())
         )
 
         def rows(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
@@ -125,33 +134,35 @@ class Tokenizers:
     def unknown(self, text: str) -> dict[str, list[str]]:
         """Encoder name -> the words of `text` that it has no tokens for; empty if it has."""
         strange = {}
-        for which, (tokenizer, _) in self._tokenizers.items():
-            if words := _unknown(tokenizer, text):
+        for which in self._tokenizers:
+            if words := self._unknown(which, text):
                 strange[which] = words
         return strange
+
+    def _unknown(self, which: str, text: str) -> list[str]:
+        """The words of `text`, each once, that become the token for unknown ones."""
+        tokenizer = self._tokenizers[which][0]
+        if tokenizer.is_fast:
+            encoded = self._read(which, text, return_offsets_mapping=True, add_special_tokens=False)
+            tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            spans = [span for token, span in tokens if token == tokenizer.unk_token_id]
+            words = [
+                word[0]
+                for word in re.finditer(r"\w+|[^\w\s]+", text)
+                if any(overlap(word.span(), span) for span in spans)
+            ]
+        else:
+            pieces = tokenizer.tokenize(text)
+            tokens = zip(pieces, tokenizer.convert_tokens_to_ids(pieces), strict=True)
+            words = [piece.strip("\u2581") for piece, token in tokens if token == tokenizer.unk_token_id]
+        return list(dict.fromkeys(words))
 
     def cut(self, text: str) -> dict[str, str]:
         """Encoder name -> the end of `text` that does not fit into it; empty if all of it fits."""
         lost = {}
         for which, (tokenizer, length) in self._tokenizers.items():
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self._read(which, text, add_special_tokens=False)["input_ids"]
             room = length - tokenizer.num_special_tokens_to_add()
             if len(ids) > room:
                 lost[which] = tokenizer.decode(ids[room:]).strip()
         return lost
-
-
-def _unknown(tokenizer: Any, text: str) -> list[str]:
-    """The words of `text`, each once, that become the token for unknown ones."""
-    if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        spans = [span for token, span in tokens if token == tokenizer.unk_token_id]
-        words = [
-            word[0] for word in re.finditer(r"\w+|[^\w\s]+", text) if any(overlap(word.span(), span) for span in spans)
-        ]
-    else:
-        pieces = tokenizer.tokenize(text)
-        tokens = zip(pieces, tokenizer.convert_tokens_to_ids(pieces), strict=True)
-        words = [piece.strip("\u2581") for piece, token in tokens if token == tokenizer.unk_token_id]
-    return list(dict.fromkeys(words))

@@ -1,7 +1,9 @@
 """Which of T5's tokens belong to the words of a subject."""
 
 import json
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -126,3 +128,14 @@ def test_tokenizers_that_cannot_be_used_are_one_line(own):
         with pytest.raises(UserError, match="not a tokenizer that transformers can read|not readable") as e:
             check_tokenizer(own / "clip")
         assert "\n" not in str(e.value)
+
+
+def test_threads_share_tokenizers(pieces):
+    """A fast tokenizer pads and cuts as its last caller said, whichever thread that was."""
+    tokenizers = pickle.loads(pickle.dumps(Tokenizers(*2 * (pieces._tokenizers["T5"][0],), 12)))
+    expected = tokenizers.t5(["a star"]).tolist()
+    with ThreadPoolExecutor(2) as pool:
+        asking = pool.submit(lambda: [tokenizers.cut("a red star and " * 9)["T5"] for _ in range(2000)])
+        while not asking.done():
+            assert tokenizers.t5(["a star"]).tolist() == expected
+        assert len(set(asking.result())) == 1
