@@ -23,6 +23,8 @@ from train.checksums import damage, write_checksums
 from train.state import TrainState
 from train.workdir import CHECKPOINTS, disk_errors, steps_in
 
+DISCARDED = "discarded"  # what is no longer kept is moved here in one step and then deleted, so that a kill leaves no half checkpoint
+
 
 def _of_use(record: logging.LogRecord) -> bool:
     """Not what Orbax also raises, with tracebacks, nor its advice to save less often."""
@@ -46,6 +48,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=not reading,
             cleanup_tmp_directories=not reading,
+            todelete_subdir=DISCARDED,  # Orbax: not in buckets
             lightweight_initialize=reading,  # figures are read when they are asked for
             best_fn=lambda metrics: metrics["loss"],
             best_mode="min",
@@ -61,6 +64,7 @@ class Checkpoints:
             logger.addFilter(_of_use)
         with disk_errors(workdir):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._discard()
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -88,6 +92,7 @@ class Checkpoints:
         """Copies the state off the devices and writes it in the background. A full disk shows here or at the next call."""
         with disk_errors(self.workdir):
             self._manager.wait_until_finished()
+            self._discard()
             self._saving = step
             args: dict[str, Any] = dict(
                 state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data.get_state())
@@ -132,16 +137,23 @@ class Checkpoints:
             for folder in Path(os.fspath(self._folder)).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 write_checksums(folder)
 
+    def _discard(self) -> None:
+        discarded = self._folder / DISCARDED
+        if not self._reading and jax.process_index() == 0 and discarded.exists():
+            discarded.rmtree()
+
     def wait(self) -> None:
         """Until all that was saved is on disk."""
         with disk_errors(self.workdir):
             self._manager.wait_until_finished()
+            self._discard()
 
     def close(self) -> None:
         """Waits, then ends the background thread."""
         try:
             with disk_errors(self.workdir):
                 self._manager.close()
+                self._discard()
         finally:
             sys.unraisablehook = self._unraisable
 

@@ -151,6 +151,18 @@ def test_a_checkpoint_is_summed_up_before_it_has_its_name(three):
         assert {name.partition("/")[0] for name in sums} >= {"state", "data", "metrics", "_CHECKPOINT_METADATA"}
 
 
+def test_a_kill_while_one_is_deleted_leaves_no_half_checkpoint(run, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(Checkpoints, "_discard", lambda self: None)
+        with contextlib.closing(Checkpoints(run, keep=1)) as checkpoints:
+            checkpoints.save(8, small_state(8), Position(8), 1.0)
+    assert steps(run) == [6, 8]  # the best and the latest
+    old = run / "checkpoints" / "discarded"
+    assert sorted(path.name for path in old.iterdir()) == ["2", "4"] and damage(old / "2") is None
+    (old / "2" / "metrics" / "metrics").unlink()
+    assert restored(run, 6) == (6, 6) and not old.exists()
+
+
 def test_a_run_goes_on_from_an_older_one(trainer, tmp_path):
     run, small = tmp_path / "run", ("--keep", 3)
     assert trainer(words(run, *small, "--steps", 6))[0] == 0
