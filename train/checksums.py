@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dynaip_jax.reading import parse_json
 from dynaip_jax.storage.folders import sha256_of
 from dynaip_jax.storage.renames import sync, sync_tree, write_new
 
@@ -31,13 +32,13 @@ def damage(folder: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        sums = json.loads(file.read_bytes())
+        sums = parse_json(file.read_bytes())
         for name, expected in sums.items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if expected is not None and sha256_of(path) != expected:
                 return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, AttributeError) as e:
         return f"{CHECKSUMS} cannot be read ({str(e)[:80]})"
     return None

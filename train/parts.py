@@ -26,6 +26,7 @@ from dynaip_jax.data.children import follow_parent
 from dynaip_jax.data.records import ROWS_A_SHARD, Record, write_dataset
 from dynaip_jax.data.sources import Source
 from dynaip_jax.errors import UserError
+from dynaip_jax.reading import parse_json
 from dynaip_jax.storage.folders import AnyPath
 
 PART = "part.json"  # in a part's folder: what it was made of, how many rows it has, and its bad ones
@@ -127,7 +128,7 @@ def make_part(rows: list[Row | BadRow], folder: Path, limits: Limits) -> Part:
 def _finished(folder: Path, key: str, last: int) -> Part | None:
     """The part in `folder`, if it was made with `key`."""
     try:
-        stated = json.loads((folder / PART).read_text())
+        stated = parse_json((folder / PART).read_bytes(), halves=True)
         if stated["key"] != key:
             return None
         return Part(folder, stated["written"], [BadRow(*row) for row in stated["bad"]], last)

@@ -18,6 +18,7 @@ from typing import Any
 from etils import epath
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.reading import parse_json
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}  # a file system without locks
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
@@ -141,7 +142,7 @@ def _facts(file: Path | epath.Path) -> dict[str, Any]:
     """What the lock says of its holder; empty if it says nothing."""
     try:
         with file.open("rb") as f:
-            facts = json.loads(f.read(4096))
+            facts = parse_json(f.read(4096))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

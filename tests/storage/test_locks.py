@@ -61,7 +61,7 @@ def test_a_thread_of_this_process_is_kept_out_too(tmp_path):
     assert not file.exists()
 
 
-@pytest.mark.parametrize("content", ["", "no JSON", "[1]", '{"pid": "\x1b[31m", "host": 1, "since": "x"}'])
+@pytest.mark.parametrize("content", ["", "no JSON", "[1]", "[" * 4000, '{"pid": "\x1b[31m", "host": 1, "since": "x"}'])
 def test_a_lock_that_says_nothing_is_taken_and_held(tmp_path, content):
     file = tmp_path / "lock"
     file.write_text(content)

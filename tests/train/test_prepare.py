@@ -216,6 +216,8 @@ def test_a_part_is_made_again_if_its_files_or_limits_are_others(manifest, tmp_pa
     assert open_dataset(folder)[0].caption == "another" and sorted(p.name for p in tmp_path.glob("part*")) == [
         "part-000000"
     ]
+    (folder / "part.json").write_text("[" * 4000)
+    assert parts.make_part(rows, folder, Limits()).written == 4
 
 
 def test_hosts_do_a_share_each(manifest, tmp_path, capsys, parts_of_two):
