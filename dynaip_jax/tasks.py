@@ -74,7 +74,7 @@ def line(text: str, seconds: float, done: int, total: int | None, unit: str) -> 
     if total is None:
         return f"{text}: {_clock(seconds)}"
     left = f", {_clock(seconds / done * (total - done))} left" if done else ""
-    plural = "" if total == 1 else "es" if unit.endswith("ch") else "s"
+    plural = "" if total == 1 or unit.endswith("iB") else "es" if unit.endswith("ch") else "s"
     return f"{text}: {done} of {total} {unit}{plural}, {_clock(seconds)}{left}"
 
 

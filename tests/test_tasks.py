@@ -43,3 +43,4 @@ def test_words():
     assert tasks.line("denoising", 3, 0, 1, "step") == "denoising: 0 of 1 step, 0:03"
     assert tasks.line("sampling", 3, 0, 2, "batch") == "sampling: 0 of 2 batches, 0:03"
     assert tasks.line("compiling", 3700, 0, None, "step") == "compiling: 1:01:40"
+    assert tasks.line("converting", 10, 512, 1024, "MiB") == "converting: 512 of 1024 MiB, 0:10, 0:10 left"

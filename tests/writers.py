@@ -71,10 +71,9 @@ def command(name: str, *words: object) -> int:
 
 def bundle(sources: Path, out: Path) -> int:
     """The converter."""
-    import tools.convert_torch_weights.__main__ as converter
-
-    converter.STAGING_FROM = 1
-    return command(converter.__name__, "--source", sources / "ae.safetensors", "--out", out, "--overwrite")
+    return command(
+        "tools.convert_torch_weights.__main__", "--source", sources / "ae.safetensors", "--out", out, "--overwrite"
+    )
 
 
 def check_bundle(sources: Path, out: Path) -> None:

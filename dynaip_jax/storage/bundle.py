@@ -5,11 +5,13 @@ Knows no model class; trees and configs come in from the caller.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from dynaip_jax.storage import checksums
 from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.storage.folders import AnyPath, as_path, copy_file, copy_tree, replacing
 from dynaip_jax.storage.manifest import BUNDLE_FILE, MANIFESTS, fingerprint, flatten, read_manifest, write_manifest
+from dynaip_jax.storage.pieces import Hashes, Journal, NewLeaf, write_leaves
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -171,12 +174,15 @@ def _is_component(entry: Any) -> bool:
 
 
 class NewComponent(NamedTuple):
-    """A component to be written: its name, the architecture's fields, its parameters, and where they came from."""
+    """A component to be written: its name, the architecture's fields, its parameters, and where they came from, or from which files.
+
+    Parameters are a tree of arrays, or, if they do not all fit into memory, `NewLeaf`s by name ("a.b.c").
+    """
 
     name: str
     config: dict[str, Any]
     params: Mapping[str, Any]
-    provenance: list[dict[str, str]]
+    provenance: list[dict[str, str]] | tuple[Path, ...]
 
 
 def write_bundle(
@@ -189,31 +195,61 @@ def write_bundle(
     defaults: dict[str, Any],
     tokenizers: Mapping[str, AnyPath],
     overwrite: bool = False,
+    resume: str | None = None,
+    step: Callable[[int], object] = lambda done: None,
 ) -> None:
     """Writes a bundle; `components` is consumed one at a time, so that only one needs to be in memory.
 
-    `tokenizers`: name -> the folder whose `TOKENIZER_FILES` are copied; the other arguments go into `bundle.json` as they are.
+    `tokenizers`: name -> the folder whose `TOKENIZER_FILES` are copied; `resume`: a key, in hexadecimal, of all that is to be written:
+    what a killed writer with the same one has written is kept; `step` is told of bytes that are written; the other arguments go into
+    `bundle.json` as they are.
     """
-    with replacing(path, overwrite=overwrite, marks=MANIFESTS) as work:
+    with replacing(path, overwrite=overwrite, marks=MANIFESTS, resume=resume) as work:
         entries, base = {}, None
-        for c in components:
-            save_params(work / c.name, c.params)
-            leaves = flatten(c.params).values()
-            entries[c.name] = dict(
-                config=c.config,
-                parameters=sum(int(np.prod(x.shape)) for x in leaves),
-                dtype=str(next(iter(leaves)).dtype),
-                provenance=c.provenance,
-            )
-            if c.name == "transformer":
-                base = fingerprint(c.params)
+        journal = Journal(work)
+        hashes, sums = Hashes(journal), dict[str, str]()
+        with contextlib.closing(hashes):
+            for c in components:
+                digest, entries[c.name], own = _write_component(work, c, journal, hashes, step)
+                sums |= {f"{c.name}/{file}": value for file, value in own.items()}
+                base = digest if c.name == "transformer" else base
+            for entry in entries.values():
+                entry["provenance"] = [_origin(p) for p in entry["provenance"]]
+        journal.close()
         for name, folder in tokenizers.items():
             _copy_tokenizer(folder, work / "tokenizers" / name)
         content = dict(
             family=family, fingerprint=base, components=entries, schedule=schedule, text=text, defaults=defaults
         )
-        content |= dict(checksums=checksums.of_files(work))
+        content |= dict(checksums=checksums.of_files(work, sums))
         write_manifest(work / BUNDLE_FILE, KIND, content)
+
+
+def _write_component(
+    work: Path, c: NewComponent, journal: Journal, hashes: Hashes, step: Callable[[int], object]
+) -> tuple[str | None, dict[str, Any], dict[str, str]]:
+    """Its fingerprint, what `bundle.json` says of it, and the checksums of its files that are known."""
+    provenance = [(file, hashes.ask(file)) if isinstance(file, Path) else file for file in c.provenance]
+    leaves = flatten(c.params)
+    digest: str | None = None
+    sums: dict[str, str] = {}
+    if all(isinstance(x, NewLeaf) for x in leaves.values()):
+        digest, sums = write_leaves(work / c.name, leaves, journal, step)
+    else:
+        save_params(work / c.name, c.params)
+        digest = fingerprint(c.params) if c.name == "transformer" else None
+    entry = dict(
+        config=c.config,
+        parameters=sum(math.prod(x.shape) for x in leaves.values()),
+        dtype=str(next(iter(leaves.values())).dtype),
+        provenance=provenance,
+    )
+    return digest, entry, sums
+
+
+def _origin(entry: Any) -> dict[str, str]:
+    """What `bundle.json` says of a source: what it is told, or a file's name and sha256."""
+    return entry if isinstance(entry, dict) else dict(file=entry[0].name, sha256=entry[1].result())
 
 
 def _copy_tokenizer(source: AnyPath, target: Path) -> None:

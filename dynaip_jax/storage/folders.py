@@ -51,12 +51,18 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def replacing(
-    path: str | os.PathLike[str], *, overwrite: bool, marks: Sequence[str], field: str = "out"
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    marks: Sequence[str],
+    field: str = "out",
+    resume: str | None = None,
 ) -> Iterator[Path]:
     """A new empty local folder that becomes `path` when the block ends well, and disappears when it does not.
 
     A local folder is renamed once it is on the disk. A folder for a bucket is made in the system's temporary folder and copied, with
-    the files named in `marks` last: one that holds none of them is not whole. What a killed writer of `path` left is removed first.
+    the files named in `marks` last: one that holds none of them is not whole. What a killed writer of `path` left is removed first,
+    but for the folder of one that was to write the same, by its key `resume` (hexadecimal): the block gets it as it is.
 
     Raises `UserError` if another process writes `path`, if it exists and `overwrite` is false, if it holds something else (it is no
     folder, or has none of the files `marks`), or if it cannot be written; the message names the option `field`. If something else
@@ -64,7 +70,7 @@ def replacing(
     """
     path = as_path(path)
     _check_target(path, overwrite, marks, field)
-    with _working(path, marks, field) as work, litter(work):
+    with _working(path, marks, field, resume) as work, litter(work):
         _check_target(path, overwrite, marks, field)  # once more: what a killed writer had moved aside may be back
         try:
             yield work
@@ -84,18 +90,6 @@ def wait_for_writer(path: Path) -> None:
     """Returns once no process writes the folder `path` by `replacing`."""
     while holder_of(_lock(_absolute(path))):
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def scratch(path: Path) -> Iterator[Path]:
-    """A folder on the same disk as `path`, for what its writer needs for a while: it goes with the block or, after a kill, when `path`
-    is written next."""
-    work = _new_folder(_absolute(path))
-    try:
-        with litter(work):
-            yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def copy_tree(source: AnyPath, target: AnyPath, last: Sequence[str] = ()) -> None:
@@ -193,14 +187,27 @@ def _lock(target: Path) -> Path:
 
 def _new_folder(target: Path, mode: int = 0o700) -> Path:
     """A new folder beside `target` that belongs to its writer."""
-    work = target.with_name(f".{target.name}.dynaip-{secrets.token_hex(4)}.part")
+    work = _part(target, secrets.token_hex(4))
     work.mkdir(mode)
     return work
 
 
+def _part(target: Path, key: str) -> Path:
+    return target.with_name(f".{target.name}.dynaip-{key[:8]}.part")
+
+
+def _left(work: Path) -> bool:
+    """Whether `work` is a folder of this user, no link to one."""
+    try:
+        facts = os.lstat(work)
+    except OSError:
+        return False
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+
+
 @contextlib.contextmanager
-def _working(path: AnyPath, marks: Sequence[str], field: str) -> Iterator[Path]:
-    """A new folder in which `path` is made, while no other process makes it."""
+def _working(path: AnyPath, marks: Sequence[str], field: str, resume: str | None) -> Iterator[Path]:
+    """The folder in which `path` is made, while no other process makes it."""
 
     def held(holder: str) -> UserError:
         return UserError(
@@ -216,8 +223,16 @@ def _working(path: AnyPath, marks: Sequence[str], field: str) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(_lock(target), held))
-            _tidy(target, marks)
-            work = _new_folder(target, 0o777 if isinstance(path, Path) else 0o700)
+            mode = 0o777 if isinstance(path, Path) else 0o700
+            if resume is None:
+                _tidy(target, marks)
+                work = _new_folder(target, mode)
+            else:
+                work = _part(target, resume)
+                left = _left(work)
+                _tidy(target, marks, keep=work if left else None)
+                if not left:
+                    work.mkdir(mode)
         except OSError as e:
             raise UserError(
                 f"`{field}` {path}: cannot write there ({e.strerror}); choose a folder you may write to"
@@ -226,8 +241,8 @@ def _working(path: AnyPath, marks: Sequence[str], field: str) -> Iterator[Path]:
         yield work
 
 
-def _tidy(target: Path, marks: Sequence[str]) -> None:
-    """Removes what killed writers of `target` left beside it; the caller holds its lock.
+def _tidy(target: Path, marks: Sequence[str], keep: Path | None = None) -> None:
+    """Removes what killed writers of `target` left beside it, but for `keep`; the caller holds its lock.
 
     What was half written goes, and an old folder that a new one has replaced. One that was moved aside, and whose place is empty,
     comes back.
@@ -235,7 +250,7 @@ def _tidy(target: Path, marks: Sequence[str]) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.dynaip-[0-9a-f]{{8}}\.(part|old)")
     for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.dynaip-*")):
         kind = pattern.fullmatch(path.name)
-        if kind is None:
+        if kind is None or path == keep:
             continue
         if kind[1] == "old" and not os.path.lexists(target):
             move_new(path, target)

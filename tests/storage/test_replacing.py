@@ -10,7 +10,7 @@ import pytest
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage import folders, renames
-from dynaip_jax.storage.folders import copy_tree, replacing, scratch
+from dynaip_jax.storage.folders import copy_tree, replacing
 
 MARK = "what.json"
 WRITE = """
@@ -21,9 +21,7 @@ def end(*args, **options): os.kill(os.getpid(), 9)
 with folders.replacing(sys.argv[1], overwrite=True, marks=("what.json",)) as work:
     (work / "what.json").write_text("new")
     (work / "more").write_text("new")
-    with folders.scratch(folders.Path(sys.argv[1])) as staged:
-        (staged / "large").write_text("x")
-        {during}
+    {during}
 """
 
 
@@ -254,10 +252,25 @@ def test_only_plain_files_are_copied(tmp_path, kind):
         copy_tree(tmp_path / "linked", tmp_path / "copy")
 
 
-def test_scratch_goes_with_its_block(tmp_path):
-    with scratch(tmp_path / "out") as folder:
-        assert folder.parent == tmp_path and folder.is_dir()
-    assert not names(tmp_path)
+def test_a_writer_of_the_same_goes_on_with_what_was_left(tmp_path):
+    out, key = tmp_path / "out", "ab12cd34" * 8
+    left, other = (tmp_path / f".out.dynaip-{name}.part" for name in ("ab12cd34", "00000000"))
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    with replacing(out, overwrite=False, marks=(MARK,), resume=key) as work:
+        assert work == left and (work / "half").read_text() == "half" and not other.exists()
+        (work / "half").rename(work / MARK)
+    assert names(tmp_path) == ["out"] and names(out) == [MARK]
+    left.symlink_to(out)
+    with pytest.raises(UserError, match="cannot write there"):  # a link is not followed
+        with replacing(out, overwrite=True, marks=(MARK,), resume=key):
+            pass
+    left.unlink()
+    with pytest.raises(ValueError):
+        with replacing(out, overwrite=True, marks=(MARK,), resume=key):
+            raise ValueError
+    assert names(tmp_path) == ["out"] and names(out) == [MARK]
 
 
 def test_a_folder_that_may_not_be_written():

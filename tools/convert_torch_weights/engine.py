@@ -7,17 +7,22 @@ table, source and target against each other and copies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dynaip_jax.errors import UserError, shortened
+from dynaip_jax.storage.pieces import BFLOAT16, NewLeaf
 from dynaip_jax.storage.tensors import check_weights
+
+SIDE = 256  # of the squares in which a matrix is transposed
+SLICE = 1 << 18  # values looked at together
 
 
 class Part(NamedTuple):
@@ -30,8 +35,12 @@ class Part(NamedTuple):
     stop: int | None = None
 
     def read(self, tensors: Mapping[str, Any]) -> np.ndarray:
-        x = np.asarray(tensors[self.name])
-        return x[(slice(None),) * self.axis + (slice(self.start, self.stop),)] if x.ndim else x
+        if not self.shape:
+            return np.asarray(tensors[self.name])
+        part_of, rows = getattr(tensors, "part", None), slice(self.start, self.stop)
+        if part_of is not None and self.axis == 0:
+            return part_of(self.name, (rows,))
+        return np.asarray(tensors[self.name])[(slice(None),) * self.axis + (rows,)]
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -44,13 +53,22 @@ class Leaf(NamedTuple):
     parts: tuple[Part, ...]
     axes: tuple[int, ...] | None = None
 
-    def build(self, tensors: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-        x = (
-            np.concatenate([p.read(tensors) for p in self.parts])
-            if len(self.parts) > 1
-            else self.parts[0].read(tensors)
-        )
-        return (x if self.axes is None else x.transpose(self.axes)).reshape(shape)
+    def build(self, tensors: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Raises `UserError` for what is not finite, in the source or in `dtype`."""
+        read = [p.read(tensors) for p in self.parts]
+        for part, x in zip(self.parts, read, strict=True):
+            check_weights("weights", part.name, x.dtype)
+            if not finite(x):
+                raise UserError(
+                    f"{part.name} holds NaN or infinity; expected finite weights; use another file, or download it again"
+                )
+        x = np.concatenate(read) if len(read) > 1 else read[0]
+        y = _laid(x, self.axes, dtype).reshape(shape)
+        if y.dtype != x.dtype and not finite(y):
+            raise UserError(
+                f"{self.parts[0].name} holds values that {dtype} cannot; expected smaller ones; pass another `dtype`"
+            )
+        return y
 
 
 Table = dict[str, Leaf | list[Leaf]]
@@ -153,46 +171,78 @@ def convert(
     target: Mapping[str, jax.ShapeDtypeStruct],
     *,
     dtype: Any = None,
-    empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty,
+    lazily: bool = False,
     check_only: bool = False,
 ) -> dict[str, Any]:
     """The nested parameter tree of `target`'s shapes, read from `tensors` (name -> array, opened lazily or not).
 
-    Keeps the source's dtype unless `dtype` is given. `empty(shape, dtype)` allocates each leaf, so that a caller may
-    lay them on disk. `check_only` compares names, shapes and dtypes, reads no tensor and returns an empty tree. Raises `UserError` for
-    missing, unexpected, wrongly shaped or non-finite tensors, and for those of other than floating-point numbers.
+    Each leaf has the source's precision unless `dtype` is given, and where blocks or parts of it have different ones, the least that
+    holds them all. `check_only` compares names, shapes and dtypes, reads no tensor and returns an empty tree; `lazily` returns one of
+    `NewLeaf`s instead, which are read later.
+    Raises `UserError` for missing, unexpected, wrongly shaped or non-finite tensors, and for those of other than floating-point numbers.
     """
     expected = source_shapes(table)
     shape_of = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
     check_names(component, {name: shape_of(name) for name in tensors}, expected)
-    dtype_of = getattr(tensors, "dtype", lambda name: None)
-    for name in expected:
-        if (dtype_ := dtype_of(name)) is not None:
-            check_weights(component, name, dtype_)
     assert set(table) == set(target), f"{component}: table and model differ: {sorted(set(table) ^ set(target))}"
+    known = getattr(tensors, "dtype", lambda name: None)
+    kinds = {name: known(name) for name in expected}
+    if not check_only:
+        kinds |= {name: np.asarray(tensors[name]).dtype for name, kind in kinds.items() if kind is None}
+    for name, kind in kinds.items():
+        if kind is not None:
+            check_weights(component, name, kind)
     if check_only:
         return {}
 
-    params = {}
+    leaves = {}
     for path, entry in table.items():
-        shape = target[path].shape
-        blocks = entry if isinstance(entry, list) else [entry]
-        for i, leaf in enumerate(blocks):
-            x = leaf.build(tensors, shape[1:] if isinstance(entry, list) else shape)
-            check_weights(component, leaf.parts[0].name, x.dtype)
-            if not np.isfinite(x.astype(np.float32) if x.dtype == jnp.bfloat16 else x).all():
-                raise UserError(
-                    f"{component}: {leaf.parts[0].name} holds NaN or infinity; expected finite weights; download it again"
-                )
-            if i == 0:
-                params[path] = empty(shape, dtype or x.dtype)
-            if dtype is None and x.dtype != params[path].dtype:
-                raise UserError(
-                    f"{component}: {leaf.parts[0].name} is {x.dtype}, the same tensor of block 0 {params[path].dtype}; "
-                    "expected one precision; pass --dtype to choose it"
-                )
-            if isinstance(entry, list):
-                params[path][i] = x
-            else:
-                params[path][...] = x
-    return unflatten_dict(params, sep="/")
+        shape, stacked = target[path].shape, isinstance(entry, list)
+        blocks: list[Leaf] = entry if isinstance(entry, list) else [entry]
+        used = {kinds[part.name] for leaf in blocks for part in leaf.parts}
+        wanted = np.dtype(dtype) if dtype else _widest(used)
+        reads = tuple(
+            partial(_read, component, leaf, tensors, shape[1:] if stacked else shape, wanted) for leaf in blocks
+        )
+        leaves[path] = NewLeaf(shape, wanted, reads, stacked)
+    return unflatten_dict({path: leaf if lazily else leaf.value() for path, leaf in leaves.items()}, sep="/")
+
+
+def _read(
+    component: str, leaf: Leaf, tensors: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    try:
+        return leaf.build(tensors, shape, dtype)
+    except UserError as e:
+        raise UserError(f"{component}: {e.args[0]}") from e
+
+
+def _widest(dtypes: Iterable[Any]) -> np.dtype:
+    """The least precision that holds all of `dtypes`; of float16 and bfloat16 that is float32."""
+    kinds = sorted({np.dtype(d) for d in dtypes}, key=lambda d: d.itemsize)
+    return np.dtype(np.float32) if [d.itemsize for d in kinds] == [2, 2] else kinds[-1]
+
+
+def finite(x: np.ndarray) -> bool:
+    """Whether all values are, looked at a little at a time."""
+    flat = x.reshape(-1) if x.flags.c_contiguous else x
+    rows = max(1, SLICE // max(1, math.prod(flat.shape[1:]))) if flat.ndim else 1
+    for start in range(0, len(flat) if flat.ndim else 1, rows):
+        part = flat[start : start + rows] if flat.ndim else flat
+        if part.dtype == BFLOAT16:
+            if ((part.view(np.uint16) & 0x7FFF) >= 0x7F80).any():  # the exponent of infinity and NaN
+                return False
+        elif not np.isfinite(part).all():
+            return False
+    return True
+
+
+def _laid(x: np.ndarray, axes: tuple[int, ...] | None, dtype: np.dtype) -> np.ndarray:
+    """`x` transposed by `axes`, as `dtype`, C-contiguous; matrices go square by square, which caches like."""
+    if axes != (1, 0):
+        return np.ascontiguousarray(x if axes is None else x.transpose(axes), dtype)
+    y = np.empty(x.shape[::-1], dtype)
+    for i in range(0, x.shape[0], SIDE):
+        for j in range(0, x.shape[1], SIDE):
+            y[j : j + SIDE, i : i + SIDE] = x[i : i + SIDE, j : j + SIDE].T
+    return y

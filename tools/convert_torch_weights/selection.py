@@ -37,6 +37,12 @@ class Selection(Mapping[str, Any]):
         shape_of = getattr(self._tensors, "shape", None)
         return shape_of(name) if shape_of else tuple(np.shape(self._tensors[name]))
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, of which no more is read where the source can do that."""
+        part_of = getattr(self._tensors, "part", None)
+        name = self._names[name]
+        return part_of(name, index) if part_of else np.asarray(self._tensors[name])[index]
+
     def dtype(self, name: str) -> Any:
         """The dtype of a tensor, without reading it; None where the source cannot tell."""
         dtype_of = getattr(self._tensors, "dtype", None)
