@@ -10,8 +10,11 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Programs of tests run for moments: LLVM's optimisations of them would take most of the time.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# Programs of tests run for moments: optimising them, and code generators that are slow themselves, would take most of the time.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 # Compiled programs are shared by the workers and children of a run of the tests; nothing is left in the user's cache.
 COMPILED, OWNER = "DYNAIP_TESTS_COMPILED", os.environ.get("PYTEST_XDIST_WORKER") is None
 if OWNER:
