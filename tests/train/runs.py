@@ -112,8 +112,8 @@ def metrics(workdir):
 
 
 def losses(workdir, key="loss"):
-    """One value a line of metrics.jsonl."""
-    return [line[key] for line in metrics(workdir)]
+    """One value a line of metrics.jsonl that has it: a step's and those of a validation are lines of their own."""
+    return [line[key] for line in metrics(workdir) if key in line]
 
 
 def assert_same(one, other, step):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from dynaip_jax import images
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.data.loader import BatchIterator
 from tests.train import runs
@@ -145,10 +146,13 @@ def two_processes(home, folder, port, *argv, others=((), ())):
     ]  # fmt: skip
 
 
-def test_two_processes_train_as_one_and_stop_together(home, trainer, port, tmp_path):
-    """SIGTERM to one of them stops both at the same step; one process alone can go on from there."""
-    children = two_processes(home, tmp_path, port, "--steps", 100_000, "--save-every", 100_000)
-    children[0].wait_for(lambda: children[0].says("step 4 "))
+def test_two_processes_train_as_one_and_stop_together(home, photographs, trainer, port, tmp_path):
+    """With micro-batches, a sample grid and validation. SIGTERM to one of them stops both at the same step; one process alone can go
+    on from there."""
+    shared = "--batch 8 --accumulate 2 --sample.every 2 --sample.rows 1 --sample.size 64 --sample.steps 1".split()
+    shared += f"--validation.path {photographs} --validation.every 2 --validation.batches 1".split()
+    children = two_processes(home, tmp_path, port, *shared, "--steps", 100_000, "--save-every", 100_000)
+    children[0].wait_for(lambda: children[0].says("step 3 "))
     children[1].process.send_signal(signal.SIGTERM)
     assert [child.end() for child in children] == [143, 143], children[0].log.read_text()
     (last,) = steps(tmp_path / "run")
@@ -156,17 +160,22 @@ def test_two_processes_train_as_one_and_stop_together(home, trainer, port, tmp_p
     assert not children[1].says("step 1 ") and not children[1].says("stopped by")
     assert children[1].says("SIGTERM: waits for the step that runs") and not children[0].says("SIGTERM: waits")
 
-    rows = [json.loads((tmp_path / f"rows.{index}").read_text()) for index in (0, 1)]
-    assert len(rows[0]) == len(rows[1]) == last
-    for epoch in range(last // 2):  # eight rows
-        read = [row for part in rows for batch in part[2 * epoch : 2 * epoch + 2] for row in batch]
-        assert sorted(read) == list(range(8))
+    rows = [json.loads((tmp_path / f"rows.{index}").read_text())[1:] for index in (0, 1)]  # the first is validation's
+    assert [len(part) for part in rows] == [last, last]
+    for step in range(last):  # an epoch is eight rows
+        assert sorted(row for part in rows for row in part[step]) == list(range(8))
 
     alone = tmp_path / "alone"
-    assert trainer(words(alone, "--batch", 4, "--steps", last))[0] == 0
+    assert trainer(words(alone, *shared, "--steps", last))[0] == 0
     assert_close(tmp_path / "run", alone, last)
-    assert trainer(words(tmp_path / "run", "--batch", 4, "--steps", last + 2, "--resume"))[0] == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, last + 3))
+    validated = [losses(run, "validation_loss") for run in (tmp_path / "run", alone)]
+    np.testing.assert_allclose(*validated, rtol=1e-5)
+    assert len(validated[0]) == last // 2
+    grids = [images.load_image(run / "samples" / "step_000002.png").astype(int) for run in (tmp_path / "run", alone)]
+    assert abs(grids[0] - grids[1]).max() <= 1 and grids[0].std() > 20
+    assert trainer(words(tmp_path / "run", *shared, "--steps", last + 2, "--resume"))[0] == 0
+    trained = [line["step"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert trained == list(range(1, last + 3))
 
 
 def test_a_process_that_fails_does_not_leave_the_other_waiting(home, port, tmp_path):
