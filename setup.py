@@ -53,6 +53,7 @@ setup(
         "train": [],  # what training needs is always installed; older instructions name it
         "gcs": ["gcsfs"],
         "quantized": ["qwix>=0.1.8"],
+        "plot": ["matplotlib>=3.9"],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -60,6 +61,7 @@ setup(
             "hypothesis",
             "beartype",
             "qwix>=0.1.8",
+            "matplotlib>=3.9",
             "torch==2.13.0",
             "diffusers==0.42.1",
             "accelerate",  # diffusers loads folders by it

@@ -44,13 +44,14 @@ def argument(
     unit: str = "",
     group: str = "",
     repeat: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field of a command's arguments, which are a dataclass: what help says of it; required if it has no `default`.
 
     `usual`: what the default None stands for; `unit`: what a value is called; `group`: the heading in help; `repeat`: the flag
-    takes one value and may be given several times, where a tuple takes several values at once.
+    takes one value and may be given several times, where a tuple takes several values at once; `positional`: it has no flag.
     """
-    meta = dict(doc=doc, usual=usual, unit=unit, group=group, repeat=repeat)
+    meta = dict(doc=doc, usual=usual, unit=unit, group=group, repeat=repeat, positional=positional)
     return dataclasses.field(default=default, kw_only=True, metadata=meta)
 
 
@@ -182,6 +183,8 @@ def _tyro_type(cls: type) -> type:
         ]
         if meta["repeat"]:
             marks.append(conf.UseAppendAction)
+        if meta["positional"]:
+            marks.append(conf.Positional)
         if f.default is False:  # a flag without a --no- twin: tyro counts it
             hint, marks = int, [*marks, conf.UseCounterAction]
         annotated: Any = Annotated[(hint, *marks)]  # type: ignore

@@ -206,7 +206,7 @@ PACKAGE_OF = {
     "tensorflow_datasets": "tensorflow-datasets",
 }
 NOT_IMPORTED = {"importlib_resources", "sentencepiece", "protobuf"}  # needed by others, as setup.py says
-OPTIONAL = {"qwix", "skimage"}  # of an extra, or asked for where they are needed
+OPTIONAL = {"matplotlib", "qwix", "skimage"}  # of an extra, or asked for where they are needed
 
 
 def test_what_is_imported_is_declared_and_the_reverse():
