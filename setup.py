@@ -65,6 +65,7 @@ setup(
             "torch==2.13.0",
             "diffusers==0.42.1",
             "accelerate",  # diffusers loads folders by it
+            "peft",  # and LoRAs
             "scikit-image",
             "ruff",
             "mypy",

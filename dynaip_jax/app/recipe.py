@@ -65,6 +65,7 @@ class Like(NamedTuple):
 FINGERPRINTS = dict(  # argument -> settings that say what it was
     model=("base", "model_fingerprint"),
     adapter=("adapter_fingerprint",),
+    lora=("lora_fingerprint",),
     reference=("reference_fingerprint",),
     mask=("mask_fingerprint",),
     noise=("noise_fingerprint",),

@@ -39,13 +39,21 @@ examples:
   dynaip sample --model bundles/flux-dev --adapter adapters/dynaip --prompt "a dog and a teapot in a garden" \\
       --subject dog.jpg=dog --subject teapot.jpg=teapot --output two.png
       two subjects, each where the picture attends to its words of the prompt
+  dynaip sample --model bundles/flux-dev --lora style.safetensors=0.8 --prompt "a cat" --output cat.png
+      with a LoRA, in any of the usual formats
   dynaip sample ... --granularity 0 0 1         high-level look only; LOW MID HIGH replace the router's weights
   dynaip sample ... --text-gain 0.3             let some pose and light of the reference through (0 = DDS, the default)
 """
 EACH = dict(image_scale=1, text_gain=1, granularity=3)  # options with so many numbers for all subjects, or for each
 PROG = "dynaip sample"
 NOISE_BYTES = 1 << 30  # of a file
-FLAGS = dict(bundle="--model", references="--reference", words="--subject IMG=WORDS", masks="--mask")
+FLAGS = dict(bundle="--model", references="--reference", words="--subject IMG=WORDS", masks="--mask", loras="--lora")
+IDENTITIES = (  # options, and the settings that say what they were
+    ("bundle", "base"),
+    ("bundle", "model_fingerprint"),
+    ("adapter", "adapter_fingerprint"),
+    ("loras", "lora_fingerprint"),
+)
 FILES, PICTURE, REFERENCE = "model and file", "picture", "reference"  # headings in help
 
 
@@ -58,6 +66,13 @@ class Arguments(recipe.Sources):
     )
     adapter: str | None = argument(
         "trained adapter; without it plain text to image", default=None, unit="DIR", group=FILES
+    )
+    lora: tuple[str, ...] = argument(
+        "a LoRA that is merged into the weights, as strongly as scale says (default 1); repeat for more",
+        default=(),
+        unit="FILE[=scale]",
+        group=FILES,
+        repeat=True,
     )
     any_base: bool = argument("accept an adapter trained on another base of the same sizes", default=False, group=FILES)
     dtype: Literal["float32", "bfloat16"] | None = argument(
@@ -164,10 +179,9 @@ def main(argv: Sequence[str]) -> int:
         options=options,
     )
     like.check("masks", "mask_fingerprint", [images.digest(mask.values) for mask in request.subjects.masks])
-    for option, settings in (("bundle", ("base", "model_fingerprint")), ("adapter", ("adapter_fingerprint",))):
-        for setting in settings:
-            like.check(option, setting, opened.settings[setting])
-    for note in request.notes:
+    for option, setting in IDENTITIES:
+        like.check(option, setting, opened.settings.get(setting))
+    for note in [*opened.notes, *request.notes]:
         print(f"warning: {UserError(note).told(lambda name: FLAGS.get(name) or flag(name))}", file=sys.stderr)
     saving = Saving(outputs, _given_files(args, subjects), overwrite=args.overwrite)
     with interrupts.at_stake(saving.lost):
@@ -292,6 +306,7 @@ def _load_noise(path: Path, row: int | None, like: recipe.Like) -> np.ndarray:
 def _open(args: Arguments, with_references: bool) -> Opened:
     """The model, whose weights are still to be read."""
     from dynaip_jax.runtime.sharding import parse_mesh
+    from dynaip_jax.sampling.loras import parse as parse_lora
     from dynaip_jax.sampling.opening import open_model
 
     model: str | Path | None = args.model
@@ -316,6 +331,7 @@ def _open(args: Arguments, with_references: bool) -> Opened:
         attention=args.attention,
         weights=args.weights,
         offload_text=args.offload_text,
+        loras=[parse_lora(text) for text in args.lora],
     )
 
 

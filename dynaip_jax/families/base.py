@@ -27,6 +27,7 @@ from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection
 from dynaip_jax.layers.step_cache import StepCache
+from dynaip_jax.public_names import PublicNames
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.types import ImagePrompt, Sites, TextCondition
@@ -150,6 +151,10 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def check(self, where: Any) -> None:
         """Raises `UserError`, naming `where`, if the components do not belong together."""
+
+    def public_names(self) -> PublicNames:
+        """The names that its weights have in public files, such as LoRAs. Raises `UserError` where they are not known."""
+        raise UserError(f"`loras`: layers of the family {self.name!r} have no known names in LoRAs; leave them out")
 
     # --- text
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Component, Family, Matrices, Preset
+from dynaip_jax.families.flux_names import public_names
 from dynaip_jax.families.quantize import weights_model
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.layers.packing import image_ids, pack_latents, unpack_latents
@@ -19,6 +20,7 @@ from dynaip_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVis
 from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.t5 import T5Config, T5Encoder
 from dynaip_jax.models.vae import VAE, VAEConfig
+from dynaip_jax.public_names import PublicNames
 from dynaip_jax.types import Sites, TextCondition
 
 
@@ -73,6 +75,10 @@ class Flux1(Family):
                 raise UserError(
                     f"{where}: {what} is {given}, the transformer takes {needed}; convert parts that belong together"
                 )
+
+    def public_names(self) -> PublicNames:
+        """BFL's, diffusers', and those of the trainers of LoRAs."""
+        return public_names(self.config("transformer"), self.config("clip_text"), self.config("t5"))
 
     # --- text
 

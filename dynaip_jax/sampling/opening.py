@@ -23,6 +23,7 @@ from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.runtime import memory
 from dynaip_jax.runtime.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device
+from dynaip_jax.sampling.loras import Given, LoRA, merged, read_loras, record
 from dynaip_jax.sampling.settings import made_with
 from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
 from dynaip_jax.storage.bundle import Bundle
@@ -45,7 +46,7 @@ class Described(NamedTuple):
 
 class Opened(NamedTuple):
     """A model whose weights are still to be read: the `folder` of its adapter, and where they are to be. `settings`: what those of
-    pictures say of it, as JSON holds them."""
+    pictures say of it, as JSON holds them; `loras`: what is merged into its weights."""
 
     model: Described
     folder: str | Path | None
@@ -53,6 +54,12 @@ class Opened(NamedTuple):
     offload_text: bool
     verify: bool
     settings: Mapping[str, Any] = MappingProxyType({})
+    loras: tuple[LoRA, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines worth showing of what it is loaded from."""
+        return [note for lora in self.loras for note in lora.notes]
 
     def read(self) -> tuple[dict[str, Any], Any]:
         """The parameters of every component, and the adapter's (None without one). Raises `UserError` for files that are damaged or
@@ -83,7 +90,7 @@ class Opened(NamedTuple):
         for name, _ in family.configs:
             target = self._target(family.abstract_params(name, boxed=True))
             target = on_host(target) if name in in_host else target
-            params[name] = bundle.load(name, target, verify=self.verify)
+            params[name] = merged(family, name, bundle.load(name, target, verify=self.verify), self.loras)
         params["transformer"] = quantized(family, params["transformer"])
         return params
 
@@ -102,6 +109,7 @@ def open_model(
     weights: str = "full",
     offload_text: bool = False,
     verify: bool = True,
+    loras: Given = (),
 ) -> Opened:
     """Opens a bundle and, if given, an adapter made for it; see `DynaIPPipeline.load`. Reads no weights.
 
@@ -133,8 +141,10 @@ def open_model(
         family = family.with_injection(config.injection)
     grid = None if mesh is None else make_mesh(mesh)
     tokenizers = family.load_tokenizers(opened.part("tokenizers", verify=verify))
-    loaded = made_with(opened, adapter, compute, any_base=any_base, mesh=grid)
-    return Opened(Described(opened, family, tokenizers, config), adapter, grid, offload_text, verify, loaded)
+    merging = tuple(read_loras(loras, family))
+    loaded = made_with(opened, adapter, compute, any_base=any_base, mesh=grid) | record(merging)
+    model = Described(opened, family, tokenizers, config)
+    return Opened(model, adapter, grid, offload_text, verify, loaded, merging)
 
 
 def remedies(family: Family, offloaded: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from dynaip_jax.sampling.conditions import (
     reference_pixels,
 )  # fmt: skip
 from dynaip_jax.sampling.denoise import Parts, generate, on_mesh
+from dynaip_jax.sampling.loras import Given
 from dynaip_jax.sampling.opening import Described, Opened, open_model, remedies
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.progress import Progress
@@ -116,6 +118,7 @@ class DynaIPPipeline:
         weights: str = "full",
         offload_text: bool = False,
         verify: bool = True,
+        loras: Given = (),
     ) -> DynaIPPipeline:
         """Reads a bundle and, if given, an adapter made for it.
 
@@ -124,22 +127,25 @@ class DynaIPPipeline:
         the work, each of which reads and holds its part of every component; None = one device. `attention`: of the transformer,
         one of `choices.KERNELS`. `weights`: of its blocks, one of `choices.WEIGHTS`; 8 bits halve their memory at an error.
         `verify`: files are compared with their checksums; False is faster and warns that damage would go unnoticed.
-        `offload_text`: T5 waits in the host's memory and is on the devices only while it encodes.
+        `offload_text`: T5 waits in the host's memory and is on the devices only while it encodes. `loras`: files that are merged into
+        the weights, in their order: a path, or several, each alone or as `(path, scale)`.
         Raises `UserError` if anything on disk is not what it should be or does not fit together.
         """
-        return cls.read(
-            open_model(
-                bundle,
-                adapter,
-                dtype=dtype,
-                any_base=any_base,
-                mesh=mesh,
-                attention=attention,
-                weights=weights,
-                offload_text=offload_text,
-                verify=verify,
-            )
+        opened = open_model(
+            bundle,
+            adapter,
+            dtype=dtype,
+            any_base=any_base,
+            mesh=mesh,
+            attention=attention,
+            weights=weights,
+            offload_text=offload_text,
+            verify=verify,
+            loras=loras,
         )
+        for note in opened.notes:
+            warnings.warn(note, stacklevel=2)
+        return cls.read(opened)
 
     @classmethod
     def read(cls, opened: Opened) -> DynaIPPipeline:

@@ -83,13 +83,14 @@ def record(
 
 def replay(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
     """The arguments that draw the picture of these settings again, by name: those of `SampleOptions`, of `DynaIPPipeline.load`
-    (the bundle as "model"), and "prompt", "reference", "words", "mask", "noise", "noise_row", in lists where there may be several.
+    (the bundle as "model", "lora"s as FILE=scale), and "prompt", "reference", "words", "mask", "noise", "noise_row", in lists where there may be several.
 
     `file`: what errors call them. Settings of older versions do for what they hold. Raises `UserError` for settings that
     are none, or of pictures that were in memory alone.
     """
     options = {f.name for f in dataclasses.fields(SampleOptions)} - {"seed", "num_images", "regions"}
     values = {name: settings[name] for name in (*LOADED, *sorted(options)) if settings.get(name) is not None}
+    values |= _loras(settings, file)
     values["prompt"] = _texts(settings, "prompt", file)
     if not values["prompt"]:
         raise UserError(f"{file}: its settings name no prompt; expected a picture of dynaip sample; use another one")
@@ -104,6 +105,14 @@ def replay(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
     if len(references) < 2:
         values.pop("merge", None)  # acts on several alone
     return values
+
+
+def _loras(settings: Mapping[str, Any], file: str) -> dict[str, list[str]]:
+    """The LoRAs that weights were merged with, each with its scale."""
+    paths, scales = _texts(settings, "lora", file), settings.get("lora_scale", [])
+    if not isinstance(scales, list) or len(scales) != len(paths) or not all(isinstance(x, int | float) for x in scales):
+        raise UserError(f"{file}: `lora` without a scale each; expected the settings as they were written")
+    return dict(lora=[f"{path}={scale}" for path, scale in zip(paths, scales, strict=True)]) if paths else {}
 
 
 def _texts(settings: Mapping[str, Any], name: str, file: str) -> list[str]:
