@@ -77,7 +77,7 @@ def damaged_json(rng: random.Random, data: bytes, own: tuple[Any, ...] = ()) -> 
         keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
         kind = rng.randrange(7)
         if not keys or kind == 0:
-            new = rng.choice((*VALUES, *own))
+            new = copy.deepcopy(rng.choice((*VALUES, *own)))
             if isinstance(parent, dict):
                 parent[rng.choice((*TEXTS, *map(str, keys), "__class__"))] = new
             else:
@@ -95,7 +95,7 @@ def damaged_json(rng: random.Random, data: bytes, own: tuple[Any, ...] = ()) -> 
                 (parent[key] + 1, parent[key] - 1, -parent[key], parent[key] * 1000, str(parent[key]), [parent[key]])
             )
         else:
-            parent[key] = rng.choice((*VALUES, *own))
+            parent[key] = copy.deepcopy(rng.choice((*VALUES, *own)))
     text = json.dumps(value)
     if raw is None and rng.random() < 0.08 and isinstance(value, dict) and value:
         name = rng.choice(list(value))

@@ -4,10 +4,12 @@ The readers that load the least are all tried here; those that start networks ar
 """
 
 import collections
+import json
 import random
 
 import pytest
 
+from tests.mutation import mutants
 from tests.mutation.readers import READERS
 from tests.mutation.run import GOOD, run
 from tests.mutation.worker import judged
@@ -38,3 +40,13 @@ def test_no_mutant_is_a_crash(name, tmp_path):
 def test_no_mutant_hangs_or_kills(name):
     verdicts, faults = run(name, GUARDED[name], seed=1, limit=20)
     assert not faults and verdicts["refused"]
+
+
+def test_a_mutant_is_the_same_whatever_was_made_before():
+    """Values of one must not grow in the next."""
+    data = json.dumps(dict(a=[1, {}], b={"c": []})).encode()
+
+    def made():
+        return [mutants.damaged_json(random.Random(seed), data) for seed in range(500)]
+
+    assert made() == made()
