@@ -180,7 +180,7 @@ class Ours:
         )  # fmt: skip
         latents = self.normal(1, 16, 2 * grid, 2 * grid)
         levels = tuple(self.normal(1, 1, REFERENCE_TOKENS, CLIP_WIDTH) for _ in range(3))
-        features = Features(latents, latents, jnp.full(1, 0.5), *self.text, levels, jnp.ones(1))
+        features = Features(latents, latents, jnp.full(1, 0.5), self.text.states, self.text.pooled, levels, jnp.ones(1))
         fresh = lambda key: dict(adapter=init_adapter_params(self.config, key, compute))
         state = jax.jit(lambda key: init_state(constants.optim, fresh(key)))(next(self.keys))
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)

@@ -26,11 +26,21 @@ class Sites(NamedTuple):
     width: int
 
 
+class References(NamedTuple):
+    """Reference pictures that a backbone reads by itself: `tokens` `[b or 1, r, c]` of clean latents, one picture after the other, and
+    their positions `ids` `[1, r, axes]`."""
+
+    tokens: jax.Array
+    ids: jax.Array
+
+
 class TextCondition(NamedTuple):
-    """What a prompt tells the backbone: `states` `[b, t, c]`, a row a token, and `pooled` `[b, c]` (None where it takes none)."""
+    """What a prompt tells the backbone: `states` `[b, t, c]`, a row a token, and `pooled` `[b, c]` (None where it takes none); and the
+    pictures that a backbone reads with it, if any."""
 
     states: jax.Array
     pooled: jax.Array | None
+    references: References | None = None
 
 
 class KV(NamedTuple):

@@ -1,0 +1,391 @@
+"""FLUX.2, the multimodal diffusion transformer (MM-DiT) of FLUX.2 [klein] and [dev], with an optional image prompt.
+
+Source: black-forest-labs/flux2 `model.py`; diffusers `Flux2Transformer2DModel`. Against FLUX.1 (`models/flux.py`): no biases; one
+modulation shared by all blocks of a kind; gated MLPs (SiLU of the first half times the second); positions on four axes, of text
+too; no pooled text. Parameter names follow BFL's, with FLUX.1's changes: blocks of a kind are stacked, and the fused `linear1` and
+`linear2` of single blocks are kept as `qkv` + `mlp_in`, `attn_out` + `mlp_out`, so that heads and MLP width shard apart.
+Text rows come before image rows wherever the two are joined, and reference rows (the model's own reference pictures) after them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dynaip_jax import schema
+from dynaip_jax.layers import injection
+from dynaip_jax.layers.attention import attention
+from dynaip_jax.layers.basic import RMSNorm, linear, scanned
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares
+from dynaip_jax.layers.positions import apply_rope, rope_table, timestep_embedding
+from dynaip_jax.layers.regions import RegionScores
+from dynaip_jax.layers.step_cache import StepCache, cached
+from dynaip_jax.models.flux import Modulation
+from dynaip_jax.runtime.sharding import HEADS, ROWS, constrain
+from dynaip_jax.types import ImagePrompt, References
+
+BLOCKS = (0, schema.BLOCKS[1])  # of a kind
+GATED = ("batch", None, None, "mlp")  # [b, n, 2, width of an MLP]
+
+
+class Shared(NamedTuple):
+    """What every block reads: modulations of its kind (image and text rows in double blocks), rotary table, where subjects belong."""
+
+    image: list[Modulation]
+    text: list[Modulation]
+    single: list[Modulation]
+    rope: tuple[jax.Array, jax.Array]
+    places: Places
+
+
+class Counts(NamedTuple):
+    """Rows of each kind, in their order; reference rows come last."""
+
+    text: int
+    image: int
+
+
+@dataclass(frozen=True)
+class Flux2Config:
+    """Sizes of the transformer, in BFL's field names. Raises `ValueError` for sizes that do not fit each other."""
+
+    in_channels: int = 128
+    out_channels: int = 128
+    context_in_dim: int = 7680
+    hidden_size: int = 3072
+    mlp_ratio: float = 3.0
+    num_heads: int = 24
+    depth: int = 5
+    depth_single_blocks: int = 20
+    axes_dim: tuple[int, ...] = (32, 32, 32, 32)
+    theta: int = 2000
+    guidance_embed: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        schema.check(self, depth=BLOCKS, depth_single_blocks=BLOCKS, mlp_ratio=(1e-3, 1e3), theta=(1, 1e8))
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if len(self.axes_dim) != 4 or sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
+            raise ValueError(
+                f"axes_dim {self.axes_dim}: expected four even numbers that add up to the head size {self.head_dim}"
+            )
+        double, single = 8 * self.hidden_size + 6 * self.mlp_dim, 4 * self.hidden_size + 3 * self.mlp_dim
+        schema.check_total(self.hidden_size * (self.depth * double + self.depth_single_blocks * single))
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @classmethod
+    def klein_4b(cls, **changes) -> Flux2Config:
+        """FLUX.2 [klein] 4B, base and distilled: 3.9 B parameters."""
+        return cls(**changes)
+
+    @classmethod
+    def klein_9b(cls, **changes) -> Flux2Config:
+        """FLUX.2 [klein] 9B, base and distilled: 9.1 B parameters."""
+        sizes = dict(context_in_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single_blocks=24)
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def dev(cls, **changes) -> Flux2Config:
+        """FLUX.2 [dev]: 32.2 B parameters, guidance-distilled."""
+        sizes = dict(context_in_dim=15360, hidden_size=6144, num_heads=48, depth=8, depth_single_blocks=48)
+        return cls(**{**sizes, "guidance_embed": True, **changes})
+
+    @classmethod
+    def tiny(cls, **changes) -> Flux2Config:
+        """For tests: 128 latent channels as the real one, 4 blocks."""
+        sizes = dict(context_in_dim=48, hidden_size=64, num_heads=4, depth=2, depth_single_blocks=2)
+        return cls(**{**sizes, "axes_dim": (4, 4, 4, 4), **changes})
+
+
+class MLPEmbedder(nn.Module):
+    """Linear -> SiLU -> Linear, from a vector to the model width."""
+
+    config: Flux2Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, how = self.config.hidden_size, dict(use_bias=False, **self.compute.dtypes)
+        x = linear(width, ("channels", "embed"), name="in_layer", **how)(x)
+        return linear(width, ("channels", "embed"), name="out_layer", **how)(nn.silu(x))
+
+
+class Modulate(nn.Module):
+    """The conditioning vector `[b, c]` -> `parts` `Modulation`s of `vectors` vectors each."""
+
+    config: Flux2Config
+    compute: Compute
+    parts: int
+    vectors: int = 3
+
+    @nn.compact
+    def __call__(self, vec: jax.Array) -> list[Modulation]:
+        shape, axes = (self.parts * self.vectors, self.config.hidden_size), ("embed", None, "mlp")
+        out = linear(shape, axes, name="lin", use_bias=False, **self.compute.dtypes)(nn.silu(vec))
+        each = [out[:, None, n] for n in range(shape[0])]
+        return [Modulation(*each[n : n + self.vectors]) for n in range(0, shape[0], self.vectors)]
+
+
+class QKV(nn.Module):
+    """Queries and keys, RMS-normed per head, and values, each `[b, n, h, d]`."""
+
+    config: Flux2Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        c, p = self.config, self.compute
+        shape, axes = (3, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim")
+        qkv = linear(shape, axes, name="qkv", use_bias=False, **p.dtypes)(x)
+        q = RMSNorm(param_dtype=p.param_dtype, name="query_norm")(qkv[:, :, 0])
+        k = RMSNorm(param_dtype=p.param_dtype, name="key_norm")(qkv[:, :, 1])
+        return q, k, qkv[:, :, 2]
+
+
+class MLP(nn.Module):
+    """Linear -> SiLU of the first half times the second -> Linear."""
+
+    config: Flux2Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _mlp_out(self.config, self.compute, "out_layer")(_gated(self.config, self.compute, "in_layer", x))
+
+
+class DoubleBlock(nn.Module):
+    """Text rows and image rows with weights of their own, joined in attention only."""
+
+    config: Flux2Config
+    compute: Compute
+    injection: Injection
+    counts: Counts
+
+    @nn.compact
+    def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
+        c, p, how = self.config, self.compute, self.injection
+        img, txt, evidence = state
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = shared.image, shared.text
+        img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
+        txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
+        qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
+        heads, term, evidence = _attend(p, how, qkv, shared, prompt, evidence, self.counts)
+        (txt_heads, img_heads), (txt_term, img_term) = (_split(x, self.counts) for x in (heads, term))
+
+        img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
+        txt = txt + txt_mod1.gate * _attn_out(c, p, "txt_attn_proj")(txt_heads)
+        img = img + img_mod2.gate * MLP(c, p, name="img_mlp")(img_mod2(img))
+        txt = txt + txt_mod2.gate * MLP(c, p, name="txt_mlp")(txt_mod2(txt))
+        img, txt = injection.after_block(how, img, img_term), injection.after_block(how, txt, txt_term)
+        return (constrain(img, *ROWS), constrain(txt, *ROWS), evidence), None
+
+
+class SingleBlock(nn.Module):
+    """All rows in one stream; attention and MLP side by side."""
+
+    config: Flux2Config
+    compute: Compute
+    injection: Injection
+    counts: Counts
+
+    @nn.compact
+    def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
+        c, p, how = self.config, self.compute, self.injection
+        rows, evidence = state
+        (mod,) = shared.single
+        x = mod(rows)
+        heads, term, evidence = _attend(p, how, QKV(c, p, name="attn")(x), shared, prompt, evidence, self.counts)
+        out = _attn_out(c, p, "attn_out")(heads) + _mlp_out(c, p, "mlp_out")(_gated(c, p, "mlp_in", x))
+        rows = injection.after_block(how, rows + mod.gate * out, term)
+        return (constrain(rows, *ROWS), evidence), None
+
+
+class Flux2(nn.Module):
+    """The transformer: predicts the velocity (noise - clean latents) of packed latents.
+
+    `__call__` arguments, float unless said otherwise:
+
+    - `img` `[b, i, in_channels]` noisy packed latents, `img_ids` `[b or 1, i, 4]` their positions;
+    - `txt` `[b, t, context_in_dim]` text states, `txt_ids` `[b or 1, t, 4]` their positions;
+    - `timesteps` `[b]` in [0, 1], 1 = pure noise; `guidance` `[b]`, or None exactly when `config.guidance_embed` is false;
+    - `references`: the model's own reference pictures; they are read at every step and not injected into;
+    - `image_prompt`: see `ImagePrompt`; the parameter tree is the same with and without it;
+    - `cache`: see `StepCache`; a step that runs all blocks runs the first twice.
+
+    Returns the velocity `[b, i, out_channels]` in float32; with a cache, that and the cache for the next step. Raises
+    `ValueError` for guidance that does not fit the config and for an image prompt of another depth, head count or head size, of
+    another number of text rows, or with both regions and words.
+    """
+
+    config: Flux2Config
+    compute: Compute = Compute()
+    injection: Injection = Injection()
+
+    @nn.compact
+    def __call__(
+        self,
+        img,
+        img_ids,
+        txt,
+        txt_ids,
+        timesteps,
+        guidance=None,
+        references: References | None = None,
+        image_prompt: ImagePrompt | None = None,
+        cache: StepCache | None = None,
+    ) -> jax.Array | tuple[jax.Array, StepCache]:
+        c, p = self.config, self.compute
+        if (guidance is not None) != c.guidance_embed:
+            raise ValueError(
+                f"guidance must be {'given' if c.guidance_embed else 'None'}: guidance_embed is {c.guidance_embed}"
+            )
+        head, counts = (c.num_heads, c.head_dim), Counts(txt.shape[1], img.shape[1])
+        share = injection.shares(
+            image_prompt, c.depth, c.depth_single_blocks, head, jnp.asarray(img_ids), len(img), counts.text
+        )
+        vec = self._conditioning(timesteps, guidance)
+        tokens, ids = [img], [txt_ids, img_ids]
+        if references is not None:
+            tokens, ids = [img, references.tokens], [*ids, references.ids]
+        img = self._embedded("img_in", jnp.concatenate([x.astype(p.dtype) for x in tokens], axis=1))
+        txt = self._embedded("txt_in", txt.astype(p.dtype))
+        ids = [jnp.broadcast_to(x, (max(len(y) for y in ids), *x.shape[1:])) for x in ids]
+        shared = Shared(
+            Modulate(c, p, 2, name="double_modulation_img")(vec),
+            Modulate(c, p, 2, name="double_modulation_txt")(vec),
+            Modulate(c, p, 1, name="single_modulation")(vec),
+            rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta),
+            share.places,
+        )
+        state = (img, txt, share.evidence)
+
+        def all_blocks(flux: Flux2) -> jax.Array:
+            return _all_blocks(flux, state, shared, share, counts)
+
+        if cache is None:
+            rows = all_blocks(self)
+        else:
+            first = partial(_first_block, state, shared, share, counts)
+            rows, cache = cached(self, img[:, : counts.image], first, all_blocks, cache)
+
+        (mod,) = Modulate(c, p, 1, vectors=2, name="final_modulation")(vec)
+        how = dict(name="final_linear", use_bias=False, **p.dtypes)
+        out = linear(c.out_channels, ("embed", "channels"), **how)(mod(rows)).astype(jnp.float32)
+        return out if cache is None else (out, cache)
+
+    def _conditioning(self, timesteps, guidance) -> jax.Array:
+        """The vector `[b, c]` by which all blocks are modulated."""
+        c, p = self.config, self.compute
+        vec = MLPEmbedder(c, p, name="time_in")(timestep_embedding(timesteps, 256).astype(p.dtype))
+        if guidance is None:
+            return vec
+        return vec + MLPEmbedder(c, p, name="guidance_in")(timestep_embedding(guidance, 256).astype(p.dtype))
+
+    def _embedded(self, name: str, rows: jax.Array) -> jax.Array:
+        how = dict(name=name, use_bias=False, **self.compute.dtypes)
+        return constrain(linear(self.config.hidden_size, ("channels", "embed"), **how)(rows), *ROWS)
+
+    @staticmethod
+    def inputs_spec(
+        config: Flux2Config, batch: int = 1, image_rows: int = 16, text_rows: int = 8
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` without references and image prompt, by name: for `init`, fake batches and compilation."""
+        c, f32 = config, jnp.float32
+        spec = dict(
+            img=jax.ShapeDtypeStruct((batch, image_rows, c.in_channels), f32),
+            img_ids=jax.ShapeDtypeStruct((1, image_rows, len(c.axes_dim)), f32),
+            txt=jax.ShapeDtypeStruct((batch, text_rows, c.context_in_dim), f32),
+            txt_ids=jax.ShapeDtypeStruct((1, text_rows, len(c.axes_dim)), f32),
+            timesteps=jax.ShapeDtypeStruct((batch,), f32),
+        )
+        return spec | (dict(guidance=jax.ShapeDtypeStruct((batch,), f32)) if c.guidance_embed else {})
+
+
+def _double_blocks(flux: Flux2, depth: int, state, shared: Shared, prompt: BlockPrompt | None, counts: Counts):
+    blocks = scanned(DoubleBlock, depth, remat=flux.compute.remat, in_axes=(nn.broadcast, 0))
+    made = blocks(flux.config, flux.compute, flux.injection, counts, name="double_blocks")
+    return made(state, shared, prompt)[0]
+
+
+def _all_blocks(flux: Flux2, state, shared: Shared, share: Shares, counts: Counts) -> jax.Array:
+    """Image rows `[b, i, c]` after all blocks."""
+    c, p = flux.config, flux.compute
+    img, txt, evidence = _double_blocks(flux, c.depth, state, shared, share.double, counts)
+    blocks = scanned(SingleBlock, c.depth_single_blocks, remat=p.remat, in_axes=(nn.broadcast, 0))
+    rows = jnp.concatenate([txt, img], axis=1)
+    (rows, _), _ = blocks(c, p, flux.injection, counts, name="single_blocks")((rows, evidence), shared, share.single)
+    return rows[:, counts.text : sum(counts)]
+
+
+def _first_block(state, shared: Shared, share: Shares, counts: Counts, flux: Flux2) -> jax.Array:
+    """Image rows `[b, i, c]` after the first block alone."""
+
+    def first_of(tree):
+        return jax.tree.map(lambda x: x[:1], tree)
+
+    def slim(variables):
+        params = variables["params"]
+        return {"params": {**params, "double_blocks": first_of(params["double_blocks"])}}
+
+    def run(flux: Flux2) -> jax.Array:
+        return _double_blocks(flux, 1, state, shared, first_of(share.double), counts)[0][:, : counts.image]
+
+    return nn.map_variables(run, "params", trans_in_fn=slim)(flux)
+
+
+def _attend(
+    p: Compute,
+    how: Injection,
+    qkv,
+    shared: Shared,
+    prompt: BlockPrompt | None,
+    evidence: RegionScores | None,
+    counts: Counts,
+) -> tuple[jax.Array, jax.Array | None, RegionScores | None]:
+    """Heads `[b, n, h, d]` of the joint attention with RoPE, with the reference term where it is added there; the term itself, 0 in
+    reference rows; and `evidence` with what this block adds to it."""
+    q, k, v = (constrain(x, *HEADS) for x in qkv)
+    rotated, keys = apply_rope(q, shared.rope), apply_rope(k, shared.rope)
+    heads = attention(rotated, keys, v, kernel=p.attention)
+    own = sum(counts)
+    rows = injection.Rows(q[:, :own], rotated[:, :own], keys[:, :own], counts.text)
+    term, evidence = injection.reference_term(how, p.attention, rows, prompt, shared.places, evidence)
+    if term is not None and own < heads.shape[1]:
+        term = jnp.pad(term, ((0, 0), (0, heads.shape[1] - own), (0, 0), (0, 0)))
+    return injection.before_projection(how, heads, term), term, evidence
+
+
+def _split(x: jax.Array | None, counts: Counts) -> tuple[jax.Array | None, jax.Array | None]:
+    """Text rows and the others of `[b, n, h, d]`."""
+    return (None, None) if x is None else (x[:, : counts.text], x[:, counts.text :])
+
+
+def _gated(c: Flux2Config, p: Compute, name: str, x: jax.Array) -> jax.Array:
+    """SiLU of the first half of a projection of `x` `[b, n, c]` times its second half, `[b, n, width of an MLP]`."""
+    both = linear((2, c.mlp_dim), ("embed", None, "mlp"), name=name, use_bias=False, **p.dtypes)(x)
+    both = constrain(both, *GATED)
+    return nn.silu(both[:, :, 0]) * both[:, :, 1]
+
+
+def _mlp_out(c: Flux2Config, p: Compute, name: str) -> nn.DenseGeneral:
+    return linear(c.hidden_size, ("mlp", "embed"), name=name, use_bias=False, **p.dtypes)
+
+
+def _attn_out(c: Flux2Config, p: Compute, name: str) -> nn.DenseGeneral:
+    """The projection of attention heads `[b, n, h, d]` back to the model width."""
+    axes = ("heads", "head_dim", "embed")
+    return linear(c.hidden_size, axes, name=name, axis=(-2, -1), use_bias=False, **p.dtypes)
