@@ -30,6 +30,7 @@ setup(
         "etils[epath]",
         "fsspec",
         "transformers>=4.57,<6",
+        "jinja2",  # transformers writes chat templates by it
         "sentencepiece",  # with protobuf: transformers reads T5's tokenizer by them
         "protobuf",
         "safetensors>=0.6",

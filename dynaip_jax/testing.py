@@ -28,6 +28,7 @@ from dynaip_jax.storage.codec import to_dict
 
 SEED = 0
 SIZE = 128  # pixels
+LENGTHS = dict(flux=dict(t5_length=128, clip_length=77), flux2=dict(qwen3_length=128))
 STEPS = 8
 
 
@@ -35,9 +36,10 @@ def tiny_family(name: str = "flux", text: Mapping[str, int] | None = None, **con
     """A backbone family at tiny sizes; `configs`: of components that are to have others, `text`: token lengths."""
     vocab = _vocabulary()
     words = dict(t5=dict(vocab_size=len(vocab)), clip_text=dict(vocab_size=len(vocab), eos_token_id=vocab["</s>"]))
+    words |= dict(qwen3=dict(vocab_size=len(vocab) + len(TURN)))
     kind = FAMILIES[name]
     tiny = {part: c.config.tiny(**words.get(part, {})) for part, c in kind.components.items()} | configs
-    lengths = dict(t5_length=128, clip_length=77) | dict(text or {})
+    lengths = LENGTHS[name] | dict(text or {})
     computes = tuple((part, Compute()) for part in tiny)
     return kind(tuple(tiny.items()), computes, ScheduleConfig(), tuple(lengths.items()))
 
@@ -60,7 +62,7 @@ def make_bundle(path: str | Path, family: str = "flux") -> None:
             schedule=to_dict(ScheduleConfig()),
             text=dict(tiny.text),
             defaults=dict(steps=STEPS, guidance=3.5, height=SIZE, width=SIZE),
-            tokenizers=_tokenizers(Path(folder)),
+            tokenizers=_tokenizers(Path(folder)) if family == "flux" else dict(qwen3=chat_tokenizer(Path(folder))),
         )
 
 
@@ -100,6 +102,35 @@ def _vocabulary() -> dict[str, int]:
     from tokenizers import pre_tokenizers
 
     return {t: i for i, t in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+
+
+TURN = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+TEMPLATE = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif -%}"""
+
+
+def chat_tokenizer(folder: Path) -> Path:
+    """`folder`, with a byte-level tokenizer in it that has a chat template of Qwen3's kind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = _vocabulary()
+    tokenizer = Tokenizer(models.BPE(vocab | {t: len(vocab) + i for i, t in enumerate(TURN)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*SPECIAL, *TURN])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", chat_template=TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _tokenizers(folder: Path) -> dict[str, Path]:

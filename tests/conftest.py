@@ -81,6 +81,15 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny2(tmp_path_factory):
+    """The same of the second family."""
+    folder = tmp_path_factory.mktemp("tiny2")
+    make_bundle(folder / "bundle", "flux2")
+    make_adapter(folder / "adapter", folder / "bundle")
+    return folder / "bundle", folder / "adapter"
+
+
+@pytest.fixture(scope="session")
 def photograph(tmp_path_factory):
     """A real photograph, not square (400 x 600), as a file."""
     path = tmp_path_factory.mktemp("pictures") / "coffee.jpg"

@@ -205,7 +205,7 @@ PACKAGE_OF = {
     "orbax": "orbax-checkpoint",
     "tensorflow_datasets": "tensorflow-datasets",
 }
-NOT_IMPORTED = {"importlib_resources", "sentencepiece", "protobuf"}  # needed by others, as setup.py says
+NOT_IMPORTED = {"importlib_resources", "jinja2", "sentencepiece", "protobuf"}  # needed by others, as setup.py says
 OPTIONAL = {"matplotlib", "qwix", "skimage"}  # of an extra, or asked for where they are needed
 
 

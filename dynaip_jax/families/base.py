@@ -85,6 +85,7 @@ class Family(abc.ABC):
     blocks: ClassVar[tuple[str, ...]]  # names of the transformer's stacks of blocks
     matrices: ClassVar[tuple[Matrices, ...]]  # of the transformer; the first match wins
     presets: ClassVar[Mapping[str, Callable[[], Preset]]]  # published sizes by bundle name
+    reads_pictures: ClassVar[bool] = False  # whether the transformer reads reference pictures by itself
 
     configs: tuple[tuple[str, Any], ...]
     computes: tuple[tuple[str, Compute], ...]
@@ -221,6 +222,11 @@ class Family(abc.ABC):
         """CLIP's hidden states `levels`, each `[b, m, c]`, of `pixels` `[b, S, S, 3]`."""
         states, _ = self.module("clip_vision").apply({"params": params}, pixels, layers=levels)
         return states
+
+    def reference_ids(self, number: int, height: int, width: int) -> np.ndarray:
+        """Positions `[1, r, axes]` of the tokens of the `number`-th picture that the transformer reads by itself, counted from 0; sizes
+        in latent pixels. Raises `NotImplementedError` where it reads none."""
+        raise NotImplementedError
 
     # --- the transformer
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from dynaip_jax.families.base import Family, Preset
 from dynaip_jax.families.flux import Flux1
+from dynaip_jax.families.flux2 import Flux2Klein
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import to_dict
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Flux1,)}
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Flux1, Flux2Klein)}
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -20,6 +20,7 @@ CLIP_LENGTH = 77
 CLASSES = (
     "T5Tokenizer",
     "CLIPTokenizer",
+    "Qwen2Tokenizer",
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )  # of transformers, with "Fast" or without
@@ -53,7 +54,7 @@ def _check_class(path: AnyPath, remedy: str) -> None:
     config = reading.read_json(path, expected="a tokenizer's settings", remedy=remedy)
     if "auto_map" in config:
         raise UserError(
-            f"{path}: asks for code of its own (auto_map), which is never run; expected a tokenizer of T5 or CLIP; {remedy}"
+            f"{path}: asks for code of its own (auto_map), which is never run; expected a tokenizer of a text encoder; {remedy}"
         )
     kind = config.get("tokenizer_class")
     if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") not in CLASSES):
@@ -62,6 +63,8 @@ def _check_class(path: AnyPath, remedy: str) -> None:
 
 class Tokenizers:
     """The T5 and CLIP tokenizers of a bundle. Picklable, so that data workers may hold them; threads may share one."""
+
+    places = "T5"  # the encoder whose tokens are the backbone's text rows
 
     def __init__(self, t5: Any, clip: Any, t5_length: int, clip_length: int = CLIP_LENGTH):
         self._tokenizers = {"T5": (t5, t5_length), "CLIP": (clip, clip_length)}
@@ -95,38 +98,44 @@ class Tokenizers:
         """Ids `[n, clip_length]`, int32, padded."""
         return self._ids("CLIP", texts)
 
+    def _text(self, prompt: str) -> tuple[str, int]:
+        """What the encoder of `places` reads of a prompt, and where in it the prompt begins."""
+        return prompt, 0
+
     def _ids(self, which: str, texts: Sequence[str]) -> np.ndarray:
         options = dict(padding="max_length", max_length=self._tokenizers[which][1], truncation=True)
         return np.asarray(self._read(which, list(texts), **options)["input_ids"], np.int32)
 
     def words(self, prompt: str, phrases: Sequence[str]) -> np.ndarray:
-        """Where each phrase stands among T5's tokens of `prompt`: weights float32 `[s, t5_length]`, even over its own tokens.
+        """Where each phrase stands among the tokens of `prompt` that are text rows: weights float32 `[s, t]`, even over its own tokens.
 
         Each gets a place of its own, as `families.words.choose` finds it. Raises `UserError` for a phrase that is not in the
-        prompt, not often enough, or beyond what T5 takes.
+        prompt, not often enough, or beyond what the encoder takes.
         """
-        tokenizer, length = self._tokenizers["T5"]
+        tokenizer, length = self._tokenizers[self.places]
         if not tokenizer.is_fast:
             raise UserError(
-                "`words`: the model's T5 tokenizer does not say where its tokens stand; expected one with tokenizer.json; "
+                f"`words`: the model's {self.places} tokenizer does not say where its tokens stand; expected one with tokenizer.json; "
                 "convert the model again with it, or pass `masks`"
             )
         options = dict(padding="max_length", max_length=length, truncation=True)
+        text, begin = self._text(prompt)
         seen, whole = (
-            self._read("T5", prompt, return_offsets_mapping=True, **kw)["offset_mapping"] for kw in (options, dict())
+            self._read(self.places, text, return_offsets_mapping=True, **kw)["offset_mapping"]
+            for kw in (options, dict())
         )
 
         def rows(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
-            shared = [prompt[max(a, start) : min(b, end)] for a, b in offsets]
-            return [n for n, text in enumerate(shared) if text.strip()]
+            shared = [text[max(a, begin + start) : min(b, begin + end)] for a, b in offsets]
+            return [n for n, part in enumerate(shared) if part.strip()]
 
         weights = np.zeros((len(phrases), length), np.float32)
         for s, place in enumerate(choose(prompt, phrases)):
             own = rows(seen, *place)
             if len(own) < len(rows(whole, *place)):
                 raise UserError(
-                    f"`words`, subject {s + 1}: its words {phrases[s]!r} lie beyond the {length} tokens that T5 takes; shorten "
-                    "the prompt before them"
+                    f"`words`, subject {s + 1}: its words {phrases[s]!r} lie beyond the {length} tokens that {self.places} "
+                    "takes; shorten the prompt before them"
                 )
             weights[s, own] = 1 / len(own)
         return weights

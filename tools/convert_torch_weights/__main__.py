@@ -40,7 +40,7 @@ class Arguments:
     clip_vision: Path | None = argument("a transformers CLIP folder, for reference images", default=None, unit="DIR")
     out: Path = argument("the folder to write", unit="BUNDLE")
     dtype: Literal["keep", "float32", "bfloat16"] = argument("of the weights written", default="keep")
-    t5_length: int | None = argument("T5 tokens a prompt", default=None, usual="512 dev, 256 schnell", unit="N")
+    t5_length: int | None = argument("text tokens a prompt", default=None, usual="512, schnell 256", unit="N")
     dry_run: bool = argument("check every name and shape, print a table, write nothing", default=False)
     verify: bool = argument(
         "compare the bundle at --out with the sources, value by value; write nothing", default=False
@@ -74,8 +74,12 @@ def convert(
     """Checks the sources and, unless `dry_run`, writes the bundle `out`, or, if `check`, compares it with them. Raises `UserError` for
     what does not fit."""
     sources, layout = Sources({}, {}, None), LAYOUTS[0]
-    for path in paths:
-        layout, new = read(path, LAYOUTS)
+    for n, path in enumerate(paths):
+        before, (layout, new) = layout, read(path, LAYOUTS)
+        if n and layout is not before:
+            raise UserError(
+                f"`source` {path}: of the family {layout.family}, an earlier one of {before.family}; expected one family; convert each alone"
+            )
         sources = sources.joined(new)
     if vision is not None:
         sources.components["clip_vision"] = clip_vision(vision)

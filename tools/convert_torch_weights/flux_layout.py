@@ -75,6 +75,7 @@ LAYOUT = Layout(
         clip_text=Folder("text_encoder", clip.CLIPTextConfig.from_hf, clip.text_params_from_torch, "model"),
     ),
     tokenizers=dict(clip="tokenizer", t5="tokenizer_2"),
+    own=lambda shapes: False,  # what no other family has for its own is taken for this one's
     single=single,
     manifest=manifest,
 )

@@ -48,15 +48,16 @@ class Folder(NamedTuple):
 class Layout(NamedTuple):
     """How the checkpoints of a backbone family lie on disk.
 
-    `pipelines`: class names in `model_index.json`; `folders`: by component; `tokenizers`: name in a bundle -> folder; `single`:
-    the component of a single file by the shapes of its tensors, with its module (`layout_of`, `config_from_bfl`,
-    `params_from_torch`); `manifest`: "schedule", "text" and "defaults" of `bundle.json` from what was found and a text length.
+    `pipelines`: class names in `model_index.json`; `folders`: by component; `tokenizers`: name in a bundle -> folder; `own`: whether a
+    single file is of this family, by the shapes of its tensors; `single`: the component of such a file, with its module (`layout_of`,
+    `config_from_bfl`, `params_from_torch`); `manifest`: "schedule", "text" and "defaults" of `bundle.json` from what was found and a text length.
     """
 
     family: str
     pipelines: tuple[str, ...]
     folders: Mapping[str, Folder]
     tokenizers: Mapping[str, str]
+    own: Callable[[Mapping[str, tuple[int, ...]]], bool]
     single: Callable[[Mapping[str, tuple[int, ...]]], tuple[str, Any]]
     manifest: Callable[[Sources, int | None], dict[str, Any]]
 
@@ -91,8 +92,9 @@ def diffusers_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, S
 
 def single_file(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, Sources]:
     """One component in its makers' own layout; the config is read off the shapes."""
-    layout, file = layouts[0], TensorFile(path)
+    file = TensorFile(path)
     shapes = {n: file.shape(n) for n in file}
+    layout = next((layout for layout in layouts if layout.own(shapes)), layouts[0])
     name, module = layout.single(shapes)
     if module.layout_of(shapes) != "bfl":
         raise UserError(
