@@ -68,6 +68,7 @@ FINGERPRINTS = dict(  # argument -> settings that say what it was
     lora=("lora_fingerprint",),
     reference=("reference_fingerprint",),
     mask=("mask_fingerprint",),
+    native_reference=("native_reference_fingerprint",),
     noise=("noise_fingerprint",),
 )
 

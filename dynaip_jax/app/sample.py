@@ -47,7 +47,14 @@ examples:
 EACH = dict(image_scale=1, text_gain=1, granularity=3)  # options with so many numbers for all subjects, or for each
 PROG = "dynaip sample"
 NOISE_BYTES = 1 << 30  # of a file
-FLAGS = dict(bundle="--model", references="--reference", words="--subject IMG=WORDS", masks="--mask", loras="--lora")
+FLAGS = dict(
+    bundle="--model",
+    references="--reference",
+    words="--subject IMG=WORDS",
+    masks="--mask",
+    native_references="--native-reference",
+    loras="--lora",
+)
 IDENTITIES = (  # options, and the settings that say what they were
     ("bundle", "base"),
     ("bundle", "model_fingerprint"),
@@ -111,7 +118,7 @@ class Arguments(recipe.Sources):
     )
     random_seed: bool = argument("a seed by chance, which is said, in place of 0", default=False, group=PICTURE)
     noise: Path | None = argument(
-        "initial latents [b, 16, h/8, w/8] in place of a seed", default=None, unit="FILE.npy", group=PICTURE
+        "initial latents [b, c, h, w] in place of a seed", default=None, unit="FILE.npy", group=PICTURE
     )
     noise_row: int | None = argument("one of the b alone, counted from 0", default=None, unit="K", group=PICTURE)
 
@@ -127,6 +134,14 @@ class Arguments(recipe.Sources):
     )
     mask: tuple[Path, ...] = argument(
         "white where that subject may appear in the output; none, or one a subject, in the same order; wins over words",
+        default=(),
+        unit="IMG",
+        group=REFERENCE,
+        repeat=True,
+    )
+
+    native_reference: tuple[Path, ...] = argument(
+        "a picture that the model reads by itself, without and beside the adapter (models that can); repeat for more",
         default=(),
         unit="IMG",
         group=REFERENCE,
@@ -175,9 +190,12 @@ def main(argv: Sequence[str]) -> int:
         pictures,
         masks=args.mask,
         words=[subject.words for subject in subjects] if any(subject.words for subject in subjects) else (),
+        native_references=args.native_reference,
         noise=noise,
         options=options,
     )
+    digests = request.natives.settings.get("native_reference_fingerprint", [])
+    like.check("native_references", "native_reference_fingerprint", digests)
     like.check("masks", "mask_fingerprint", [images.digest(mask.values) for mask in request.subjects.masks])
     for option, setting in IDENTITIES:
         like.check(option, setting, opened.settings.get(setting))
@@ -340,6 +358,7 @@ def _given_files(args: Arguments, subjects: Sequence[Subject]) -> dict[str, Any]
     return dict(
         reference=[str(subject.picture) for subject in subjects],
         mask=[str(mask) for mask in args.mask],
+        **(dict(native_reference=[str(file) for file in args.native_reference]) if args.native_reference else {}),
         noise=None if args.noise is None else str(args.noise),
     ) | ({} if args.noise_row is None else dict(noise_row=args.noise_row))
 

@@ -105,6 +105,7 @@ def _facts(conditions: Conditions, noise: Any, options: SampleOptions) -> dict[s
         width=options.width,
         steps=options.steps,
         prompts=len(conditions.text.states),
+        native_references=jax.tree.map(jnp.shape, conditions.text.references),
         references=0 if prompt is None else prompt.image_gain.shape[-1],
         regions=next((name for name, value in given.items() if value is not None), "none"),
         merge=options.merge,

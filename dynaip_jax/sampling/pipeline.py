@@ -35,6 +35,7 @@ from dynaip_jax.sampling.conditions import (
 )  # fmt: skip
 from dynaip_jax.sampling.denoise import Parts, generate, on_mesh
 from dynaip_jax.sampling.loras import Given
+from dynaip_jax.sampling.natives import encoded
 from dynaip_jax.sampling.opening import Described, Opened, open_model, remedies
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.progress import Progress
@@ -161,6 +162,7 @@ class DynaIPPipeline:
         *,
         masks: Picture | Sequence[Picture] = (),
         words: str | Sequence[str] = (),
+        native_references: Picture | Sequence[Picture] = (),
         noise: np.ndarray | None = None,
         options: SampleOptions | None = None,
         progress: bool | Callable[[], object] = False,
@@ -173,6 +175,7 @@ class DynaIPPipeline:
           a picture is a path, the bytes of a file, a PIL image, or an array `[H, W, 3]` (see `images.load_image`, `images.read_mask`);
         - `words`: none, or one a reference: the words of the prompt that name that subject ("" where there are none; "star#2":
           the second star);
+        - `native_references`: pictures that the model reads by itself, with and without an adapter (models that can);
         - `noise` `[b, c, h, w]`: initial latents in place of seeds, for each prompt the same;
         - `options`, and `changes` to them by name: see `SampleOptions`. What stays None takes the bundle's default;
         - `progress`: True shows a bar; a function is called at each step.
@@ -183,7 +186,8 @@ class DynaIPPipeline:
         What is accepted although it is lost or changes nothing is said in `warnings` of the result, and as Python warnings.
         Raises `UserError` for options that do not fit the model or each other, for non-finite results, and for too little memory.
         """
-        request = self.request(prompt, references, masks=masks, words=words, noise=noise, options=options, **changes)
+        own = dict(masks=masks, words=words, native_references=native_references, noise=noise, options=options)
+        request = self.request(prompt, references, **own, **changes)
         warn(request, 2)
         return _joined(request, list(self.draw(request, progress)))
 
@@ -191,7 +195,8 @@ class DynaIPPipeline:
         self, prompt: str | Sequence[str], references: Picture | Sequence[Picture] = (), **given: Any
     ) -> Request:
         """Checks a call, whose arguments these are, for `draw`. Raises `UserError` for what does not fit the model or each other."""
-        own = {name: given.pop(name) for name in ("masks", "words", "noise", "options") if name in given}
+        names = ("masks", "words", "native_references", "noise", "options")
+        own = {name: given.pop(name) for name in names if name in given}
         return make_request(self.model, prompt, references, **own, changes=given)
 
     def draw(self, request: Request, progress: bool | Callable[[], object] = False) -> Iterator[Generation]:
@@ -202,6 +207,8 @@ class DynaIPPipeline:
         shown = Progress.of(progress)
         with self._out_of_memory(request):
             text = self.encode_text(request.texts)
+            with on_mesh(self.mesh):
+                natives = encoded(self.family, self._params["vae"], request.natives)
             image_prompt, routing = self._image_prompt(request)
         at, count = 0, min(request.options.at_once or len(request), len(request))
         whole = 0  # pictures of the last part; the program is compiled for so many
@@ -210,7 +217,8 @@ class DynaIPPipeline:
             padded = numbers + numbers[-1:] * (whole - len(numbers))
             try:
                 with self._out_of_memory(request, raw=len(padded) > 1):
-                    part = self._part(request, padded, text, image_prompt, routing, shown)
+                    own = request.text(text, padded)._replace(references=natives)
+                    part = self._part(request, padded, own, image_prompt, routing, shown)
             except OutOfMemory:
                 count, whole = (len(padded) + 1) // 2, 0
                 continue
@@ -226,10 +234,10 @@ class DynaIPPipeline:
         routing: np.ndarray | None,
         shown: Progress,
     ) -> Generation:
-        """Some pictures of a call, by their numbers in it."""
+        """Some pictures of a call, by their numbers in it; `text`: theirs."""
         if image_prompt is not None:
             image_prompt = image_prompt._replace(words=request.words(image_prompt.words, pictures))
-        conditions = Conditions(request.text(text, pictures), image_prompt)
+        conditions = Conditions(text, image_prompt)
         made = generate(self.parts, conditions, request.latents(pictures), request.options, shown)
         found = np.asarray(made.pictures)
         if not np.isfinite(found).all():
@@ -248,7 +256,7 @@ class DynaIPPipeline:
     def _record(self, request: Request, routing: np.ndarray | None, reused: int | None) -> dict[str, Any]:
         """The settings that all pictures of a call share."""
         asked = (request.prompt, request.options, request.subjects, request.mode, request.noise)
-        return record(*asked, routing=routing, reused=reused)
+        return record(*asked, routing=routing, reused=reused) | request.natives.settings
 
     def encode_text(self, prompts: Sequence[str]) -> TextCondition:
         """The text condition of `prompts`, a row each."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.sampling.conditions import Picture, Subjects, places
+from dynaip_jax.sampling.natives import Natives
 from dynaip_jax.sampling.notes import notes
 from dynaip_jax.sampling.opening import Described
 from dynaip_jax.sampling.options import MOST, SampleOptions, shown, texts
@@ -27,7 +28,8 @@ class Request:
     """The pictures of a call: `each` of every prompt, first all of the first prompt.
 
     `prompt`: as it was given; `options`: defaults filled in; `mode`: where subjects may appear; `noise` `[each, c, h, w]` or `seeds`,
-    one of both; `where`: `region` `[1, s, i]`, or `words` `[n, s, t]`, for the adapter; `notes`: lines worth showing.
+    one of both; `where`: `region` `[1, s, i]`, or `words` `[n, s, t]`, for the adapter; `notes`: lines worth showing; `natives`:
+    pictures that the model reads by itself.
     """
 
     prompt: str | list[str]
@@ -41,6 +43,7 @@ class Request:
     seeds: list[int] | None
     where: Mapping[str, np.ndarray | None]
     notes: list[str]
+    natives: Natives = Natives()
 
     def __len__(self) -> int:
         return len(self.prompts) * self.each
@@ -90,6 +93,7 @@ def make_request(
     *,
     masks: Picture | Sequence[Picture] = (),
     words: str | Sequence[str] = (),
+    native_references: Picture | Sequence[Picture] = (),
     noise: np.ndarray | None = None,
     options: SampleOptions | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -131,6 +135,7 @@ def make_request(
         seeds=seeds,
         where=where,
         notes=notes(model.tokenizers, prompts, subjects, mode, given, used),
+        natives=Natives.read(native_references, family),
     )
 
 

@@ -83,7 +83,8 @@ def record(
 
 def replay(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
     """The arguments that draw the picture of these settings again, by name: those of `SampleOptions`, of `DynaIPPipeline.load`
-    (the bundle as "model", "lora"s as FILE=scale), and "prompt", "reference", "words", "mask", "noise", "noise_row", in lists where there may be several.
+    (the bundle as "model", "lora"s as FILE=scale), and "prompt", "reference", "words", "mask", "native_reference", "noise", "noise_row",
+    in lists where there may be several.
 
     `file`: what errors call them. Settings of older versions do for what they hold. Raises `UserError` for settings that
     are none, or of pictures that were in memory alone.
@@ -98,6 +99,8 @@ def replay(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
         values["true_cfg"] = 1.0  # a model may ask for more by itself
     values |= _start(settings, len(values["prompt"]), file)
     references, masks, words = (_texts(settings, name, file) for name in ("reference", "mask", "words"))
+    if natives := _texts(settings, "native_reference", file):
+        values["native_reference"] = natives
     if references:
         values |= dict(reference=references, mask=masks, words=words)
         if settings.get("regions") in ("auto", "none"):
