@@ -1,4 +1,4 @@
-"""What an image prompt may and may not change in the transformer."""
+"""What an image prompt may and may not change in the transformer, of every family."""
 
 from typing import Any, NamedTuple
 
@@ -11,19 +11,20 @@ from dynaip_jax.choices import MERGES, QUERIES
 from dynaip_jax.layers import injection, regions
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places
-from dynaip_jax.layers.packing import image_ids
 from dynaip_jax.layers.positions import apply_rope, rope_table
 from dynaip_jax.layers.regions import RegionScores
-from dynaip_jax.models import flux
-from dynaip_jax.models.flux import DoubleBlock, Flux, FluxConfig, Shared, SingleBlock
-from dynaip_jax.types import KV, ImagePrompt
+from dynaip_jax.models import flux2
+from dynaip_jax.models.flux import FluxConfig
+from dynaip_jax.types import KV, ImagePrompt, References
+from tests.models.backbones import BACKBONES, PLAIN, B, I, M, S, T, normal
 
-CONFIG = FluxConfig.tiny()
-B, S, M, T, I = 2, 2, 5, 8, 16  # noqa: E741  (the axis letters)
+CONFIG = FluxConfig.tiny()  # the sizes of all
+GRID = np.stack(np.meshgrid([0], range(4), range(4), indexing="ij"), -1).reshape(1, I, 3).astype(np.float32)
 
 
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request):
+    return BACKBONES[request.param]
 
 
 def kv(depth, batch=B, subjects=S, seed=0):
@@ -45,6 +46,8 @@ def image_prompt(image_gain=1.0, text_gain=0.0, blocks="all", batch=B, **changes
 class Model(NamedTuple):
     """Called with an image prompt: its output for the same inputs."""
 
+    network: Any
+    config: Any
     params: Any
     inputs: dict[str, Any]
     forward: Any
@@ -52,13 +55,18 @@ class Model(NamedTuple):
     def __call__(self, prompt=None, **changes):
         return np.asarray(self.forward(self.params, **(self.inputs | changes), image_prompt=prompt))
 
+    def computed(self, *how):
+        """Its output, computed otherwise, by image prompt."""
+        network = self.network(self.config, *how)
+        return lambda p: network.apply(self.params, **self.inputs, image_prompt=p)
+
 
 @pytest.fixture(scope="module")
-def model():
-    inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(CONFIG, B, I, T).items())}
-    inputs |= dict(img_ids=image_ids(8, 8), txt_ids=jnp.zeros((1, T, 3)), timesteps=jnp.array([0.3, 0.8]))
-    params = Flux(CONFIG).init(jax.random.key(0), **inputs)
-    return Model(params, inputs, jax.jit(Flux(CONFIG).apply))
+def model(backbone):
+    inputs = backbone.inputs() | dict(timesteps=jnp.array([0.3, 0.8]))
+    network = backbone.network(backbone.config)
+    params = jax.jit(network.init)(jax.random.key(0), **inputs)
+    return Model(backbone.network, backbone.config, params, inputs, jax.jit(network.apply))
 
 
 @pytest.mark.parametrize("blocks", ["double", "all"])
@@ -73,45 +81,38 @@ def test_no_gain_and_no_value_leave_the_base_bit_for_bit(model, blocks):
     assert np.abs(model(image_prompt(1.0, blocks=blocks)) - base).max() > 1e-3
 
 
-def test_parameters_are_the_same_with_and_without_a_prompt():
-    spec = Flux.inputs_spec(CONFIG, B, I, T)
-    without = jax.eval_shape(Flux(CONFIG).init, jax.random.key(0), **spec)
-    assert without == jax.eval_shape(
-        lambda k, x: Flux(CONFIG).init(k, **x, image_prompt=image_prompt()), jax.random.key(0), spec
-    )
+def test_parameters_are_the_same_with_and_without_a_prompt(backbone):
+    spec, init = backbone.network.inputs_spec(backbone.config, B, I, T), backbone.network(backbone.config).init
+    without = jax.eval_shape(init, jax.random.key(0), **spec)
+    assert without == jax.eval_shape(lambda k, x: init(k, **x, image_prompt=image_prompt()), jax.random.key(0), spec)
 
 
-def test_every_parameter_has_logical_axes():
-    tree = jax.eval_shape(Flux(CONFIG).init, jax.random.key(0), **Flux.inputs_spec(CONFIG))["params"]
+def test_every_parameter_has_logical_axes(backbone):
+    spec, init = backbone.network.inputs_spec(backbone.config), backbone.network(backbone.config).init
+    tree = jax.eval_shape(init, jax.random.key(0), **spec)["params"]
     for leaf in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names")):
         assert len(leaf.names) == leaf.value.ndim
 
 
-def block_run(block, rows, prompt):
-    shared = Shared(
-        normal(1, B, CONFIG.hidden_size), rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), Places(None)
-    )
-    params = block.init(jax.random.key(0), rows, shared, None)
-    return jax.jit(lambda p: block.apply(params, rows, shared, p)[0])(prompt)
+def block_run(backbone, kind, how, rows, prompt):
+    """Image rows and text rows after one block."""
+    (txt, img), block = rows, backbone.block(kind, how)
+    state = (img, txt, None) if kind == "double" else (jnp.concatenate([txt, img], axis=1), None)
+    rope = rope_table(normal(2, 1, T + I, backbone.axes), backbone.config.axes_dim, 10_000)
+    shared = backbone.shared(rope, Places(None))
+    params = block.init(jax.random.key(0), state, shared, None)
+    out = jax.jit(lambda p: block.apply(params, state, shared, p)[0])(prompt)
+    return out[:2] if kind == "double" else (out[0][:, T:], out[0][:, :T])
 
 
 @pytest.mark.parametrize("branch", ["image", "text"])
 @pytest.mark.parametrize("kind", ["double", "single"])
-def test_each_gain_reaches_its_own_branch_only(kind, branch):
-    txt, img = normal(3, B, T, CONFIG.hidden_size), normal(4, B, I, CONFIG.hidden_size)
-    if kind == "double":
+def test_each_gain_reaches_its_own_branch_only(backbone, kind, branch):
+    rows = normal(3, B, T, CONFIG.hidden_size), normal(4, B, I, CONFIG.hidden_size)
 
-        def run(p):
-            image, text, _ = block_run(DoubleBlock(CONFIG, Compute(), Injection()), (img, txt, None), p)
-            return dict(image=image, text=text)
-
-    else:
-
-        def run(p):
-            rows, _ = block_run(
-                SingleBlock(CONFIG, Compute(), Injection(), T), (jnp.concatenate([txt, img], axis=1), None), p
-            )
-            return dict(text=rows[:, :T], image=rows[:, T:])
+    def run(p):
+        image, text = block_run(backbone, kind, PLAIN, rows, p)
+        return dict(image=image, text=text)
 
     bank = KV(*(x[0] for x in kv(1)))
     gains = dict(image_gain=jnp.zeros((B, S)), text_gain=jnp.zeros((B, S)))
@@ -136,15 +137,15 @@ def naive_reference_term(q, bank, gain, merge="sum"):
 
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("query", QUERIES)
-def test_injected_term_is_the_equation(query, merge):
+def test_injected_term_is_the_equation(backbone, query, merge):
     how = Injection(query=query, merge=merge)
     q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
     rope = rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000)
     bank = KV(*(x[0] for x in kv(1)))
     region = jax.random.uniform(jax.random.key(9), (B, S, I))
     prompt = BlockPrompt(bank, jnp.array([[1.0, 0.5], [2.0, 0.0]]), jnp.array([[0.0, 0.3], [0.1, 0.0]]))
-    shared = Shared(q[:, 0, 0], rope, Places(region))
-    on, off = (flux._attend(Compute(), how, (q, k, v), shared, p, None, T)[0] for p in (prompt, None))
+    shared = backbone.shared(rope, Places(region))
+    on, off = (backbone.attend(how, (q, k, v), shared, p, None)[0] for p in (prompt, None))
     term = on - off
     gain = np.concatenate(
         [
@@ -158,17 +159,13 @@ def test_injected_term_is_the_equation(query, merge):
 
 
 @pytest.mark.parametrize("kind", ["double", "single"])
-def test_residual_site_adds_the_ungated_heads_after_the_block(kind):
+def test_residual_site_adds_the_ungated_heads_after_the_block(backbone, kind):
     """XLabs' place: a hand-made bank whose keys are alike gives every row the mean of its values, past projection, gate and MLP."""
-    txt, img = normal(3, B, T, CONFIG.hidden_size), normal(4, B, I, CONFIG.hidden_size)
+    rows = normal(3, B, T, CONFIG.hidden_size), normal(4, B, I, CONFIG.hidden_size)
     values = normal(5, B, 1, M, CONFIG.num_heads, CONFIG.head_dim)
     prompt = BlockPrompt(KV(jnp.zeros_like(values), values), jnp.full((B, 1), 0.7), jnp.zeros((B, 1)))
     how = Injection(site="residual")
-    if kind == "double":
-        run = lambda p: block_run(DoubleBlock(CONFIG, Compute(), how), (img, txt, None), p)[:2]
-    else:
-        rows = jnp.concatenate([txt, img], axis=1)
-        run = lambda p: jnp.split(block_run(SingleBlock(CONFIG, Compute(), how, T), (rows, None), p)[0], [T], 1)[::-1]
+    run = lambda p: block_run(backbone, kind, how, rows, p)
     (image, text), (image_off, text_off) = run(prompt), run(None)
     added = 0.7 * np.mean(values, axis=2).reshape(B, 1, CONFIG.hidden_size)
     np.testing.assert_allclose(image - image_off, np.broadcast_to(added, image.shape), atol=1e-5)
@@ -177,23 +174,23 @@ def test_residual_site_adds_the_ungated_heads_after_the_block(kind):
 
 def test_residual_site_through_the_whole_transformer(model):
     """Through the whole transformer: it acts, otherwise than before the projection, and without gain not at all."""
-    residual = Flux(CONFIG, injection=Injection(site="residual"))
-    run = lambda p: np.asarray(residual.apply(model.params, **model.inputs, image_prompt=p))
+    run = model.computed(Compute(), Injection(site="residual"))
     np.testing.assert_array_equal(run(image_prompt(0.0)), run(None))
     acting = run(image_prompt(1.0))
     assert np.abs(acting - model()).max() > 1e-3 and np.abs(acting - model(image_prompt(1.0))).max() > 1e-3
 
 
-def test_full_size_forward_with_an_image_prompt():
-    """Shapes of FLUX.1-dev at 1024 pixels with a bank for all blocks; nothing is allocated."""
-    config, shape = FluxConfig.dev(), jax.ShapeDtypeStruct
-    spec = Flux.inputs_spec(config, batch=1, image_rows=4096, text_rows=512)
-    kv = lambda depth: KV(*[shape((depth, 1, 1, 257, 24, 128), jnp.bfloat16)] * 2)
-    gain = shape((57, 1, 1), jnp.float32)
-    prompt = ImagePrompt(kv(19), kv(38), gain, gain, None)
-    params = jax.eval_shape(Flux(config).init, jax.random.key(0), **spec)
-    out = jax.eval_shape(lambda v, p, x: Flux(config).apply(v, **x, image_prompt=p), params, prompt, spec)
-    assert out.shape == (1, 4096, 64) and out.dtype == jnp.float32
+def test_full_size_forward_with_an_image_prompt(backbone):
+    """Shapes of a published model at 1024 pixels with a bank for all blocks; nothing is allocated."""
+    config, shape = backbone.dev, jax.ShapeDtypeStruct
+    network = backbone.network(config)
+    spec = network.inputs_spec(config, batch=1, image_rows=4096, text_rows=512)
+    kv = lambda depth: KV(*[shape((depth, 1, 1, 257, config.num_heads, 128), jnp.bfloat16)] * 2)
+    gain = shape((config.depth + config.depth_single_blocks, 1, 1), jnp.float32)
+    prompt = ImagePrompt(kv(config.depth), kv(config.depth_single_blocks), gain, gain, None)
+    params = jax.eval_shape(network.init, jax.random.key(0), **spec)
+    out = jax.eval_shape(lambda v, p, x: network.apply(v, **x, image_prompt=p), params, prompt, spec)
+    assert out.shape == (1, 4096, config.out_channels) and out.dtype == jnp.float32
 
 
 def test_one_subject_is_the_same_summed_or_concatenated():
@@ -240,12 +237,9 @@ def test_a_prompt_for_another_base_is_refused(model):
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradients_reach_the_bank_through_scan_and_remat(remat):
-    flux = Flux(CONFIG, Compute(remat=remat))
-    inputs = {k: normal(i, *s.shape) for i, (k, s) in enumerate(Flux.inputs_spec(CONFIG, B, I, T).items())}
-    params = flux.init(jax.random.key(0), **inputs)
-    prompt = image_prompt(text_gain=1.0)
-    grads = jax.grad(lambda p: jnp.sum(flux.apply(params, **inputs, image_prompt=p) ** 2))(prompt)
+def test_gradients_reach_the_bank_through_scan_and_remat(model, remat):
+    prompt, run = image_prompt(text_gain=1.0), model.computed(Compute(remat=remat))
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(run(p) ** 2)))(prompt)
     for g in jax.tree.leaves((grads.double, grads.single)):
         assert bool(jnp.isfinite(g).all())
         assert float(jnp.abs(g).reshape(len(g), -1).max(axis=1).min()) > 0  # in every block
@@ -259,7 +253,7 @@ def words(*rows):
 def test_auto_region_is_its_definition():
     q, k = (normal(i, B, n, CONFIG.num_heads, CONFIG.head_dim) for i, n in enumerate((I, T)))
     own = jax.nn.softmax(normal(2, 1, S, T), axis=-1)
-    smoothing = regions.smoothing_matrix(jnp.asarray(image_ids(8, 8)), sigma=0.8)
+    smoothing = regions.smoothing_matrix(jnp.asarray(GRID), sigma=0.8)
     found = regions.auto_region(regions.word_scores(q, k, own, smoothing), 1.5)
 
     grid = [(r, c) for r in range(4) for c in range(4)]
@@ -283,7 +277,7 @@ def test_auto_region_follows_the_words():
     a, b = jnp.eye(CONFIG.head_dim)[:2] * 12
     q = jnp.broadcast_to(jnp.where(left, a, b)[None, :, None], (B, I, CONFIG.num_heads, CONFIG.head_dim))
     k = jnp.zeros((B, T, CONFIG.num_heads, CONFIG.head_dim)).at[:, 2].set(a).at[:, 5].set(b)
-    smoothing = regions.smoothing_matrix(jnp.asarray(image_ids(8, 8)))
+    smoothing = regions.smoothing_matrix(jnp.asarray(GRID))
 
     def share(own):
         return np.asarray(regions.auto_region(regions.word_scores(q, k, own, smoothing), 2.0))[0].reshape(-1, 4, 4)
@@ -311,25 +305,25 @@ def test_blocks_find_the_regions_from_their_own_queries_and_keys(model, kind, mo
     assert np.abs(found - model(silent._replace(words=own[:, ::-1]))).max() > 1e-3
     monkeypatch.setattr(regions, "auto_region", lambda scores, _: jnp.ones((B, S, I)) / 4)
     given = silent._replace(region=jnp.ones((1, S, I)) / 4)
-    run = lambda p: Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p)
+    run = model.computed()
     np.testing.assert_allclose(run(silent._replace(words=own)), run(given), atol=1e-6)
 
 
-def test_a_block_reads_image_queries_and_text_keys_after_rope_and_adds_to_what_is_found():
+def test_a_block_reads_image_queries_and_text_keys_after_rope_and_adds_to_what_is_found(backbone):
     q, k, v = (normal(i, B, T + I, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
     rope, bank = rope_table(normal(2, 1, T + I, 3), CONFIG.axes_dim, 10_000), KV(*(x[0] for x in kv(1)))
-    prompt, smoothing = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S))), regions.smoothing_matrix(image_ids(8, 8))
+    prompt, smoothing = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S))), regions.smoothing_matrix(GRID)
     how, own = Injection(sharpness=3.0), words(1, 6)
     before = RegionScores(normal(5, B, S, I), jnp.float32(2))
-    shared = Shared(q[:, 0, 0], rope, Places(None, own, smoothing))
-    found, _, after = flux._attend(Compute(), how, (q, k, v), shared, prompt, before, T)
+    shared = backbone.shared(rope, Places(None, own, smoothing))
+    found, _, after = backbone.attend(how, (q, k, v), shared, prompt, before)
     rotated, keys = (apply_rope(x, rope) for x in (q, k))
     scores = before.scores + regions.word_scores(rotated[:, T:], keys[:, :T], own, smoothing)
     np.testing.assert_allclose(after.scores, scores, atol=1e-6)
     assert float(after.blocks) == 3
     region = regions.auto_region(scores / 3, 3.0)
-    shared = Shared(q[:, 0, 0], rope, Places(region))
-    given, _, _ = flux._attend(Compute(), how, (q, k, v), shared, prompt, None, T)
+    shared = backbone.shared(rope, Places(region))
+    given, _, _ = backbone.attend(how, (q, k, v), shared, prompt, None)
     np.testing.assert_allclose(found, given, atol=1e-6)
 
 
@@ -351,7 +345,7 @@ def test_regions_are_of_all_blocks_so_far(model, monkeypatch):
         return x
 
     monkeypatch.setattr(regions, "word_scores", noted)
-    jax.block_until_ready(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=image_prompt(words=own)))
+    jax.block_until_ready(model.computed()(image_prompt(words=own)))
     jax.effects_barrier()
     assert len(seen) == len(each) == CONFIG.depth + CONFIG.depth_single_blocks
     means = np.cumsum(each, axis=0) / np.arange(1, len(each) + 1)[:, None, None, None]
@@ -365,7 +359,7 @@ def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypat
     monkeypatch.setattr(regions, "auto_region", refuse)
     monkeypatch.setattr(regions, "smoothing_matrix", refuse)
     one = jax.tree.map(lambda x: x[:, :, :1], image_prompt())
-    run = lambda p: np.asarray(Flux(CONFIG).apply(model.params, **model.inputs, image_prompt=p))
+    run = model.computed()
     np.testing.assert_array_equal(run(one._replace(words=words(3))), run(one))
     run(image_prompt())
     with pytest.raises(AssertionError, match="was computed"):
@@ -373,9 +367,8 @@ def test_words_cost_nothing_where_there_are_none_or_one_subject(model, monkeypat
 
 
 def test_auto_regions_under_remat_are_the_same(model):
-    prompt, config = image_prompt(words=words(1, 6)), Compute(remat="full")
-    loss = lambda p: jnp.sum(Flux(CONFIG, config).apply(model.params, **model.inputs, image_prompt=p) ** 2)
-    value, grads = jax.value_and_grad(loss)(prompt)
+    prompt, run = image_prompt(words=words(1, 6)), model.computed(Compute(remat="full"))
+    value, grads = jax.jit(jax.value_and_grad(lambda p: jnp.sum(run(p) ** 2)))(prompt)
     np.testing.assert_allclose(value, np.sum(model(prompt) ** 2), rtol=1e-5)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
@@ -387,3 +380,29 @@ def test_words_that_do_not_fit_are_refused(model):
         model(image_prompt(words=words(1)))
     with pytest.raises(ValueError, match=r"\(2, 5\); expected \(2, 8\)"):
         model(image_prompt(words=words(1, 2)[..., :5]))
+
+
+def test_the_models_own_references_are_read_and_not_injected_into():
+    """FLUX.2's rows of reference pictures: they change the picture, alone and with the bank, whose shares of regions stay of image rows;
+    and the bank acts on text and image rows, whatever the values in reference rows."""
+    backbone = BACKBONES["flux2"]
+    inputs, network = backbone.inputs(), backbone.network(backbone.config)
+    params = jax.jit(network.init)(jax.random.key(0), **inputs)
+    ids = jnp.asarray(GRID[:, :6])
+    references = References(
+        normal(5, 1, 6, 128).repeat(B, 0), jnp.concatenate([ids + jnp.array([10, 0, 0]), 0 * ids[..., :1]], -1)
+    )
+    run = jax.jit(lambda p, r: network.apply(params, **inputs, image_prompt=p, references=r))
+    read = run(None, references)
+    assert read.shape == (B, I, 128) and np.abs(read - run(None, None)).max() > 1e-3
+    np.testing.assert_array_equal(run(image_prompt(0.0, words=words(1, 6)), references), read)
+    assert np.abs(run(image_prompt(words=words(1, 6)), references) - read).max() > 1e-3
+
+    q, k, v = (normal(i, B, T + I + 6, CONFIG.num_heads, CONFIG.head_dim) for i in range(3))
+    counts = flux2.Counts(T, I)
+    rope, bank = rope_table(normal(2, 1, T + I + 6, 4), backbone.config.axes_dim, 2000), KV(*(x[0] for x in kv(1)))
+    prompt = BlockPrompt(bank, jnp.ones((B, S)), jnp.ones((B, S)))
+    on, term, _ = flux2._attend(Compute(), PLAIN, (q, k, v), backbone.shared(rope, Places(None)), prompt, None, counts)
+    off, _, _ = flux2._attend(Compute(), PLAIN, (q, k, v), backbone.shared(rope, Places(None)), None, None, counts)
+    np.testing.assert_array_equal(on[:, T + I :], off[:, T + I :])
+    assert np.abs(np.asarray(on - off)[:, : T + I]).max(axis=(-1, -2)).min() > 1e-3 and not term[:, T + I :].any()
