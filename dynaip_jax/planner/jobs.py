@@ -55,24 +55,26 @@ def sampling(
     weights: str = "full",
     offload_text: bool = False,
 ) -> Job:
-    """The programs of `dynaip sample` for `images` pictures of `size` pixels a side of one subject, in bfloat16; `weights` and
-    `offload_text` as in `DynaIPPipeline.load`."""
+    """The programs of `dynaip sample` for `images` pictures of `size` pixels a side of one subject, in bfloat16, with true CFG if the
+    model asks for it; `weights` and `offload_text` as in `DynaIPPipeline.load`."""
     compute = Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, weights=weights)
     family = family_of(bundle, compute, reference=adapter is not None)
     parts = {name: abstract(family.abstract_params(name, boxed=True), mesh) for name, _ in family.configs}
     parts["transformer"] = abstract_quantized(family, parts["transformer"])
     encoders = {name: parts[name] for name in family.text_encoders}
-    ids = family.text_ids_spec()
+    guided = bundle.manifest["defaults"].get("true_cfg") is not None
+    ids = family.text_ids_spec(2 if guided else 1)
     text = jax.eval_shape(family.encode_text, encoders, ids)
     latents = jax.ShapeDtypeStruct((images, *family.latent(size, size)), jnp.float32)
     tokens = family.tokens(latents.shape)
-    picture = steps * family.forward_flops(tokens, family.text_rows)
+    passes = steps * (2 if guided else 1)
+    picture = passes * family.forward_flops(tokens, family.text_rows)
     programs = [
         Program(
             "encode text",
             lambda: encode_text.lower(family, encoders, ids),
             runs=1,
-            flops=2 * family.text_rows * count(parts[family.text_encoders[0]]),
+            flops=2 * (2 if guided else 1) * family.text_rows * count(parts[family.text_encoders[0]]),
             components=family.text_encoders,
         )
     ]
@@ -83,11 +85,11 @@ def sampling(
         program, prompt = _references(family, adapter, parts)
         programs.append(program)
         rows, reference = tokens + family.text_rows, family.config("clip_vision").tokens
-        picture += steps * flops.injection(family, adapter, rows, reference)
+        picture += passes * flops.injection(family, adapter, rows, reference)
     programs += [
         Program(
             "denoise",
-            lambda: _lower_denoising(family, parts["transformer"], latents, text, prompt, steps),
+            lambda: _lower_denoising(family, parts["transformer"], latents, text, prompt, steps, guided),
             runs=1,
             flops=images * picture,
             components=("transformer",),
@@ -113,13 +115,15 @@ def _references(family: Family, adapter: DynaIPConfig, parts: Mapping[str, Any])
     return program, prompt
 
 
-def _lower_denoising(family: Family, params: Any, latents: Any, text: Any, prompt: Any, steps: int) -> Any:
-    """The denoising loop of latents `[b, c, h, w]`, lowered."""
+def _lower_denoising(
+    family: Family, params: Any, latents: Any, text: Any, prompt: Any, steps: int, guided: bool
+) -> Any:
+    """The denoising loop of latents `[b, c, h, w]`, lowered; `guided`: with true CFG."""
     scalar, window = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (2,)))
     times = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
     options = dict(
         guidance=scalar if family.takes_guidance else None,
-        true_cfg=None,
+        true_cfg=scalar if guided else None,
         window=window,
         cache_threshold=None,
         ticket=None,
