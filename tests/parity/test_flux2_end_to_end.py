@@ -106,6 +106,9 @@ def test_bundle_says_where_it_came_from(models):
         assert manifest["defaults"] == defaults | dict(guidance=None, height=1024, width=1024)
         parameters = sum(p.numel() for p in pipe.transformer.parameters())
         assert manifest["components"]["transformer"]["parameters"] == parameters
+        folder = bundle.parent
+        source = ("--source", folder / "klein", "--clip-vision", folder / "clip", "--out", bundle)
+        assert convert_folder(*source, "--verify") == 0
 
 
 def test_single_files_of_bfl_replace_parts_of_a_folder(models, tmp_path, capsys):
