@@ -28,12 +28,14 @@ setup(
         "array_record",
         "importlib_resources",  # tensorflow-datasets imports it and does not declare it
         "etils[epath]",
+        "tensorstore",
         "fsspec",
         "transformers>=4.57,<6",
         "jinja2",  # transformers writes chat templates by it
         "sentencepiece",  # with protobuf: transformers reads T5's tokenizer by them
         "protobuf",
         "safetensors>=0.6",
+        "huggingface_hub",
         "msgpack",
         "ml_dtypes",
         "numpy",
@@ -55,6 +57,7 @@ setup(
         "gcs": ["gcsfs"],
         "quantized": ["qwix>=0.1.8"],
         "plot": ["matplotlib>=3.9"],
+        "convert": ["gguf>=0.17", "torch"],  # the converter reads GGUF files, and pickles, by them
         "test": [
             "pytest",
             "pytest-xdist",
@@ -63,6 +66,7 @@ setup(
             "beartype",
             "qwix>=0.1.8",
             "matplotlib>=3.9",
+            "gguf>=0.17",
             "torch==2.13.0",
             "diffusers==0.42.1",
             "accelerate",  # diffusers loads folders by it

@@ -199,7 +199,7 @@ def _zarray(leaf: NewLeaf) -> bytes:
 def _write_metadata(folder: Path, leaves: Mapping[str, NewLeaf], journal: Journal) -> dict[str, str]:
     """What Orbax wants to know of a tree of arrays."""
     tree = {}
-    for name in leaves:
+    for name in sorted(leaves):
         keys = tuple(name.split("."))
         tree[str(keys)] = dict(
             key_metadata=[dict(key=key, key_type=2) for key in keys],

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,17 +43,19 @@ class Tensor(NamedTuple):
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """A safetensors file, or a sharded set named by its `*.index.json`, as a mapping name -> array.
+    """A safetensors file, or a sharded set named by its `*.index.json`, or by its `files` alone, as a mapping name -> array.
 
     Every access reads that one tensor from disk. `shape(name)`, `dtype(name)` and `metadata` read headers only. A file in a bucket
     is copied to a temporary folder, which lives as long as the object.
     Raises `UserError` for a missing, truncated or corrupt file and for shards that disagree with their index.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], files: Sequence[AnyPath] = ()):
         path = as_path(path)
-        index = _index(path) if path.name.endswith(".index.json") else None
-        self.files: list[AnyPath] = [path] if index is None else [path.parent / f for f in sorted(set(index.values()))]
+        index = _index(path) if path.name.endswith(".json") and ".index." in path.name else None
+        self.files: list[AnyPath] = list(files) or [path]
+        if index is not None:
+            self.files = [path.parent / f for f in sorted(set(index.values()))]
         self.metadata: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         self._copies, self._open = contextlib.ExitStack(), []
@@ -69,6 +71,10 @@ class TensorFile(Mapping[str, np.ndarray]):
                 raise UserError(f"{file}: not a whole safetensors file ({reason(e)}); {DAMAGED}") from e
             if index is not None:
                 _check_shard(path, file, tensors, index)
+            if twice := sorted(self._tensors.keys() & tensors):
+                raise UserError(
+                    f"{file}: {twice[0]} is in {self.files[0].name} or another shard too; expected it once; {DAMAGED}"
+                )
             self.metadata |= metadata
             self._tensors |= tensors
 

@@ -582,6 +582,50 @@ class Msgpack(Reader):
         return None if len(arrays) == len(found) else f"{len(arrays)} arrays, {len(found)} read"
 
 
+class GGUF(Reader):
+    """A GGUF file: read as the package `gguf` reads it, or refused."""
+
+    files = ("*.gguf",)
+
+    def make(self, folder):
+        import gguf
+
+        rng, kinds = np.random.default_rng(0), gguf.GGMLQuantizationType
+        writer = gguf.GGUFWriter(path=folder / "w.gguf", arch="flux")
+        for name, kind in (
+            ("plain", kinds.F32),
+            ("half", kinds.F16),
+            ("b", kinds.BF16),
+            ("q8", kinds.Q8_0),
+            ("q4", kinds.Q4_0),
+        ):
+            x = rng.normal(size=(4, 64)).astype(np.float32)
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(x, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def read(self, folder):
+        from tools.convert_torch_weights.gguf_file import GGUFFile
+
+        file = GGUFFile(folder / "w.gguf")
+        arrays = {name: np.asarray(file[name]) for name in file}
+        return {name: (str(x.dtype), x.shape, x.tobytes()) for name, x in arrays.items()}
+
+    def different(self, folder, found):
+        import gguf
+
+        for t in gguf.GGUFReader(folder / "w.gguf").tensors:
+            shape = tuple(int(n) for n in reversed(t.shape))
+            theirs = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
+            dtype, size, data = found[t.name]
+            ours = np.frombuffer(data, np.dtype(dtype)).reshape(size).astype(np.float32)
+            if not np.array_equal(theirs, ours, equal_nan=True):
+                return f"{t.name} is read otherwise than by the package"
+        return None
+
+
 class Pictures(Reader):
     """Pictures of every format; any picture that comes of a mutant will do."""
 
@@ -772,5 +816,5 @@ READERS: dict[str, Callable[[], Reader]] = dict(
     safetensors=Safetensors, index=Index, adapter_json=AdapterFile, adapter_weights=AdapterWeights, bundle_json=BundleFile,
     bundle_folder=BundleFolder, old_bundle_folder=OldBundleFolder, transformer_config=TransformerConfig, vae_config=VAEConfigFile,
     t5_config=T5ConfigFile, clip_text_config=CLIPTextConfigFile, clip_vision_config=CLIPVisionConfigFile, schedule=Schedule,
-    npy=Npy, msgpack=Msgpack, pictures=Pictures, features=Features, datasets=Datasets, sources=Sources, tokenizer=Tokenizer,
+    npy=Npy, msgpack=Msgpack, gguf=GGUF, pictures=Pictures, features=Features, datasets=Datasets, sources=Sources, tokenizer=Tokenizer,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints -> a dynaip_jax bundle.
+"""Public checkpoints -> a dynaip_jax bundle.
 
 python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vit-large-patch14/ --out bundles/flux-dev
 """
@@ -15,30 +15,42 @@ from dynaip_jax.commandline import argument, parse, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.interrupts import at_stake
 from dynaip_jax.storage.bundle import RANGES, write_bundle
+from tools.convert_torch_weights.hub import local
 from tools.convert_torch_weights.registry import LAYOUTS
-from tools.convert_torch_weights.sources import Layout, Sources, clip_vision, read
-from tools.convert_torch_weights.writing import converted, key, plan, progress, table, verify
+from tools.convert_torch_weights.sources import Layout, Sources, clip_vision, read, tokenizers_in
+from tools.convert_torch_weights.writing import converted, export, key, plan, progress, table, verify
 
 EXAMPLES = """
 examples:
   python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vit-large-patch14/ --out bundles/flux-dev
   python -m tools.convert_torch_weights --source FLUX.1-dev/ --source my-finetune.safetensors --out bundles/mine
+  python -m tools.convert_torch_weights --source checkpoint.safetensors --tokenizers FLUX.1-dev/ --out bundles/mine
   python -m tools.convert_torch_weights --source FLUX.1-dev/ --out bundles/flux-dev --dry-run
+  python -m tools.convert_torch_weights --source bundles/mine --to diffusers --out mine/
 """
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Converts PyTorch checkpoints (safetensors) into a dynaip_jax bundle."""
+    """Converts checkpoints (safetensors, GGUF, pickles) into a dynaip_jax bundle."""
 
     source: tuple[Path, ...] = argument(
-        "a diffusers folder, or a BFL or diffusers single file of the transformer or the VAE; may be repeated: a later source "
-        "replaces the same component of an earlier one",
+        "a diffusers folder or one of its components, a file of weights (safetensors, GGUF, pickle; bare or whole checkpoint), or "
+        "hf://owner/name[@revision][/file]; may be repeated: a later source replaces the same component of an earlier one",
         unit="DIR_OR_FILE",
         repeat=True,
     )
-    clip_vision: Path | None = argument("a transformers CLIP folder, for reference images", default=None, unit="DIR")
+    clip_vision: Path | None = argument("a CLIP folder or file, for reference images", default=None, unit="DIR_OR_FILE")
+    tokenizers: Path | None = argument(
+        "a diffusers folder or a bundle whose tokenizers the bundle gets, for text encoders in single files",
+        default=None,
+        unit="DIR",
+    )
     out: Path = argument("the folder to write", unit="BUNDLE")
+    to: Literal["bundle", "diffusers", "bfl"] = argument(
+        "what is written; diffusers and bfl turn the bundle that is the only --source into public files",
+        default="bundle",
+    )
     dtype: Literal["keep", "float32", "bfloat16"] = argument("of the weights written", default="keep")
     t5_length: int | None = argument("text tokens a prompt", default=None, usual="512, schnell 256", unit="N")
     dry_run: bool = argument("check every name and shape, print a table, write nothing", default=False)
@@ -55,8 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.t5_length is not None and not least <= args.t5_length <= most:
         raise UserError(f"`t5_length` {args.t5_length}: expected at least {least} and at most {most}")
 
+    if args.to != "bundle":
+        export(args.source, args.to, args.out, LAYOUTS, args.overwrite)
+        return 0
     convert(
-        args.source, args.clip_vision, args.out, args.dtype, args.t5_length, args.dry_run, args.overwrite, args.verify
+        args.source,
+        args.clip_vision,
+        args.out,
+        args.dtype,
+        args.t5_length,
+        dry_run=args.dry_run,
+        overwrite=args.overwrite,
+        check=args.verify,
+        tokenizers=args.tokenizers,
     )
     return 0
 
@@ -70,19 +93,22 @@ def convert(
     dry_run: bool = False,
     overwrite: bool = False,
     check: bool = False,
+    tokenizers: Path | None = None,
 ) -> None:
     """Checks the sources and, unless `dry_run`, writes the bundle `out`, or, if `check`, compares it with them. Raises `UserError` for
     what does not fit."""
     sources, layout = Sources({}, {}, None), LAYOUTS[0]
     for n, path in enumerate(paths):
-        before, (layout, new) = layout, read(path, LAYOUTS)
+        before, (layout, new) = layout, read(local(path, "source"), LAYOUTS)
         if n and layout is not before:
             raise UserError(
                 f"`source` {path}: of the family {layout.family}, an earlier one of {before.family}; expected one family; convert each alone"
             )
         sources = sources.joined(new)
     if vision is not None:
-        sources.components["clip_vision"] = clip_vision(vision)
+        sources.components.update(clip_vision(local(vision, "clip_vision")))
+    if tokenizers is not None:
+        sources.tokenizers.update(tokenizers_in(local(tokenizers, "tokenizers"), layout))
 
     planned = plan(sources.components, dtype)
     print(table(planned))

@@ -7,7 +7,7 @@ transformers 5 saves those two classes under bare names; the others, and all of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,13 @@ def vision_params_from_torch(tensors: Mapping[str, Any], config: CLIPVisionConfi
     return convert("clip_vision", kept, vision_table(config, prefix), vision_target(config), **options)
 
 
+@lru_cache(maxsize=8)
 def text_target(config: CLIPTextConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of `CLIPText(config)`."""
     return abstract_params(CLIPText(config).init, *CLIPText.inputs_spec(config).values())
 
 
+@lru_cache(maxsize=8)
 def vision_target(config: CLIPVisionConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of `CLIPVision(config)`."""
     init = partial(CLIPVision(config).init, layers=(0,))

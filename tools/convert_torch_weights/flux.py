@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -54,6 +55,7 @@ def params_from_torch(tensors: Mapping[str, Any], config: FluxConfig, **options)
     return convert("transformer", tensors, table(config, layout), target(config), **options)
 
 
+@lru_cache(maxsize=8)
 def target(config: FluxConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of `Flux(config)`."""
     spec = Flux.inputs_spec(config)
@@ -193,37 +195,57 @@ def config_from_diffusers(hf: Mapping[str, Any]) -> FluxConfig:
     )
 
 
+# where the shapes of a file without a config say the sizes: names in BFL's layout and in diffusers'
+SIZES = dict(
+    bfl=dict(
+        image="img_in.weight", head="double_blocks.0.img_attn.norm.query_norm.scale", out="final_layer.linear.weight", context="txt_in.weight",
+        vector="vector_in.in_layer.weight", mlp="double_blocks.0.img_mlp.0.weight", double="double_blocks.", single="single_blocks.",
+        guidance="guidance_in.in_layer.weight",
+    ),
+    diffusers=dict(
+        image="x_embedder.weight", head="transformer_blocks.0.attn.norm_q.weight", out="proj_out.weight", context="context_embedder.weight",
+        vector="time_text_embed.text_embedder.linear_1.weight", mlp="transformer_blocks.0.ff.net.0.proj.weight", double="transformer_blocks.",
+        single="single_transformer_blocks.", guidance="time_text_embed.guidance_embedder.linear_1.weight",
+    ),
+)  # fmt: skip
+
+
 def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
-    """`FluxConfig` of a BFL single file, read off its tensor shapes (it holds no config).
+    """`FluxConfig` of a single file in BFL's layout; see `config_from_shapes`."""
+    return config_from_shapes({n.removeprefix(COMMUNITY_PREFIX): s for n, s in shapes.items()}, "bfl")
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], layout: str) -> FluxConfig:
+    """`FluxConfig` of a file without a config, read off its tensor shapes.
 
     The rotary axes leave no trace in the shapes: FLUX.1's own (16, 56, 56) are taken, for its head size 128. Raises
     `UserError` for another head size and if a tensor needed for this is missing.
     """
-    shapes = {n.removeprefix(COMMUNITY_PREFIX): s for n, s in shapes.items()}
+    names = SIZES[layout]
 
     try:
-        width, in_channels = shapes["img_in.weight"]
-        head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+        width, in_channels = shapes[names["image"]]
+        head = shapes[names["head"]][0]
         if head != 128:
             raise UserError(
-                f"transformer: head size {head} in a BFL file; expected 128 (a single file does not say how other sizes "
+                f"transformer: head size {head} in a single file; expected 128 (it does not say how other sizes "
                 "split into rotary axes); convert it from a diffusers folder"
             )
         return FluxConfig(
             in_channels=in_channels,
-            out_channels=shapes["final_layer.linear.weight"][0],
-            vec_in_dim=shapes["vector_in.in_layer.weight"][1],
-            context_in_dim=shapes["txt_in.weight"][1],
+            out_channels=shapes[names["out"]][0],
+            vec_in_dim=shapes[names["vector"]][1],
+            context_in_dim=shapes[names["context"]][1],
             hidden_size=width,
-            mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / width,
+            mlp_ratio=shapes[names["mlp"]][0] / width,
             num_heads=width // head,
-            depth=numbered(shapes, "double_blocks."),
-            depth_single_blocks=numbered(shapes, "single_blocks."),
-            guidance_embed="guidance_in.in_layer.weight" in shapes,
+            depth=numbered(shapes, names["double"]),
+            depth_single_blocks=numbered(shapes, names["single"]),
+            guidance_embed=names["guidance"] in shapes,
         )
     except KeyError as e:
         raise UserError(
-            f"transformer: tensor {e.args[0]} is missing; expected a whole FLUX.1 transformer in BFL's layout"
+            f"transformer: tensor {e.args[0]} is missing; expected a whole FLUX.1 transformer; use another file, or download it again"
         ) from e
     except (ValueError, IndexError, ArithmeticError) as e:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 from dynaip_jax.errors import UserError
 from dynaip_jax.families import flux2 as family
 from tools.convert_torch_weights import flux2, flux2_vae, qwen3
-from tools.convert_torch_weights.sources import Folder, Layout, Sources, read_json
+from tools.convert_torch_weights.sources import Folder, Layout, Sources, one_component, read_json
 
 SCHEDULER = dict(  # of diffusers' scheduler_config.json: what its pipeline needs to shift times as BFL does
     use_dynamic_shifting=True, time_shift_type="exponential", shift_terminal=None, invert_sigmas=False,
@@ -70,6 +70,6 @@ LAYOUT = Layout(
     ),
     tokenizers=dict(qwen3="tokenizer"),
     own=own,
-    single=single,
+    single=one_component(single, ("model.diffusion_model.", "vae.")),
     manifest=manifest,
 )

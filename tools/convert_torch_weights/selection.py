@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,3 +47,28 @@ class Selection(Mapping[str, Any]):
         """The dtype of a tensor, without reading it; None where the source cannot tell."""
         dtype_of = getattr(self._tensors, "dtype", None)
         return dtype_of(self._names[name]) if dtype_of else None
+
+
+class Renamed(Selection):
+    """The tensors of `names` (new name -> old) alone."""
+
+    def __init__(self, tensors: Mapping[str, Any], names: Mapping[str, str]):
+        self._tensors, self._names = tensors, dict(names)
+
+
+def unprefixed(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> Mapping[str, Any]:
+    """`tensors` without those of `prefixes` that half of their names or more begin with, one after another.
+
+    Raises `UserError` if a tensor stands with one and without it.
+    """
+    while prefix := next(
+        (p for p in prefixes if 2 * sum(n.startswith(p) for n in tensors) >= max(1, len(tensors))), None
+    ):
+        tensors = Selection(tensors, prefix=prefix)
+    return tensors
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, none of which is read where the source can tell."""
+    shape_of = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
+    return {name: shape_of(name) for name in tensors}

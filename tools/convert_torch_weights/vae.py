@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def params_from_torch(tensors: Mapping[str, Any], config: VAEConfig, **options) 
     return convert("vae", tensors, table(config, layout_of(tensors)), target(config), **options)
 
 
+@lru_cache(maxsize=8)
 def target(config: VAEConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of `VAE(config)`."""
     return abstract_params(lambda key, x: VAE(config).init(key, **x), VAE.inputs_spec(config))
@@ -146,26 +148,42 @@ def _widths(channels: Any) -> list[int]:
     return list(channels) if fits else []
 
 
+SIZES = dict(  # where the shapes say the sizes: in BFL's layout and in diffusers'
+    bfl=("encoder.down.", "encoder.down.{}.block.0.conv1.weight", "encoder.down.0.block."),
+    diffusers=(
+        "encoder.down_blocks.",
+        "encoder.down_blocks.{}.resnets.0.conv1.weight",
+        "encoder.down_blocks.0.resnets.",
+    ),
+)
+
+
 def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
-    """`VAEConfig` of a BFL single file, read off its tensor shapes (it holds no config); FLUX's scale and shift.
+    """`VAEConfig` of a single file in BFL's layout; see `config_from_shapes`."""
+    return config_from_shapes(shapes, "bfl")
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], layout: str) -> VAEConfig:
+    """`VAEConfig` of a file without a config, read off its tensor shapes; FLUX's scale and shift.
 
     Raises `UserError` if a tensor needed for this is missing or the sizes do not fit each other.
     """
+    down, conv, blocks = SIZES[layout]
 
     try:
         ch, in_channels = shapes["encoder.conv_in.weight"][:2]
-        levels = numbered(shapes, "encoder.down.")
+        levels = numbered(shapes, down)
         if not levels:
-            raise ValueError("no encoder.down.N")
+            raise ValueError(f"no {down}N")
         return VAEConfig(
             in_channels=in_channels,
             ch=ch,
             out_ch=shapes["decoder.conv_out.weight"][0],
-            ch_mult=tuple(shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] // ch for n in range(levels)),
-            num_res_blocks=numbered(shapes, "encoder.down.0.block."),
+            ch_mult=tuple(shapes[conv.format(n)][0] // ch for n in range(levels)),
+            num_res_blocks=numbered(shapes, blocks),
             z_channels=shapes["decoder.conv_in.weight"][1],
         )
     except KeyError as e:
-        raise UserError(f"vae: tensor {e.args[0]} is missing; expected a whole autoencoder in BFL's layout") from e
+        raise UserError(f"vae: tensor {e.args[0]} is missing; expected a whole autoencoder; download it again") from e
     except (ValueError, IndexError, ArithmeticError) as e:
         raise UserError(f"vae: not an autoencoder of a supported kind: {e}; expected BFL's ae.safetensors") from e

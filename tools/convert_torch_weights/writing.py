@@ -6,21 +6,23 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynaip_jax import tasks
+from dynaip_jax import reading, tasks
 from dynaip_jax.errors import UserError, printable
+from dynaip_jax.interrupts import at_stake
 from dynaip_jax.storage import checksums
 from dynaip_jax.storage.bundle import Bundle, NewComponent
 from dynaip_jax.storage.codec import to_dict
+from dynaip_jax.storage.folders import replacing
 from dynaip_jax.storage.manifest import BUNDLE_FILE, flatten
 from dynaip_jax.storage.pieces import NewLeaf, pieces, raw
 from dynaip_jax.version import __version__
-from tools.convert_torch_weights.sources import Source
+from tools.convert_torch_weights.sources import Layout, Source
 
 MIB = 1 << 20
 
@@ -134,3 +136,18 @@ def _compare(
                     "give the sources and the `dtype` that it was made with, or convert again"
                 )
             step(size)
+
+
+def export(paths: Sequence[Path], to: str, out: Path, layouts: Sequence[Layout], overwrite: bool) -> None:
+    """Writes the bundle that is the one of `paths` as the folder `out` in a public layout. Raises `UserError` if it cannot be."""
+    if len(paths) != 1 or not reading.is_dir(paths[0]):
+        raise UserError(f"`source`: {len(paths)} sources; expected one bundle's folder with `to` {to}; pass that alone")
+    bundle = Bundle.open(paths[0], [layout.family for layout in layouts])
+    layout = next(layout for layout in layouts if layout.family == bundle.manifest["family"])
+    if layout.back is None:
+        raise UserError(
+            f"`to` {to}: not written for the family {layout.family}; expected a bundle of another; keep it as it is"
+        )
+    with at_stake(f"nothing is written to {out}"), replacing(out, overwrite=overwrite, marks=layout.marks) as work:
+        layout.back(bundle, to, work, print)
+    print(f"wrote {out}")
