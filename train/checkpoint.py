@@ -18,6 +18,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.storage.bundle import is_late
 from dynaip_jax.storage.folders import is_bucket
 from train.checksums import damage, write_checksums
 from train.state import TrainState
@@ -59,7 +60,7 @@ class Checkpoints:
         for step in () if reading else steps_in(workdir):
             self.mean_loss(step)
         self._unraisable = sys.unraisablehook
-        sys.unraisablehook = self._all_but_late_writes
+        sys.unraisablehook = self._all_but_late_ones
         for logger in map(logging.getLogger, ("absl", "asyncio")):
             logger.addFilter(_of_use)
         with disk_errors(workdir):
@@ -157,7 +158,7 @@ class Checkpoints:
         finally:
             sys.unraisablehook = self._unraisable
 
-    def _all_but_late_writes(self, what: Any) -> None:
-        """When a write fails, Orbax gives up the save, and each other write of it that ends later would print a traceback."""
-        if str(what.exc_value) != "Event loop is closed":
+    def _all_but_late_ones(self, what: Any) -> None:
+        """When a read or write fails, Orbax gives up, and each other one that ends later would print a traceback."""
+        if not is_late(what.exc_value):
             self._unraisable(what)

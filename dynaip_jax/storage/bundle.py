@@ -65,7 +65,12 @@ def _quiet() -> None:
     for logger in map(logging.getLogger, ("absl", "asyncio")):
         logger.addFilter(lambda record: record.levelno < logging.ERROR)
     told = sys.unraisablehook
-    sys.unraisablehook = lambda what: None if str(what.exc_value) == "Event loop is closed" else told(what)
+    sys.unraisablehook = lambda what: None if is_late(what.exc_value) else told(what)
+
+
+def is_late(error: BaseException | None) -> bool:
+    """Whether an error is of a read or write of Orbax that ended after one that failed, which has been told of."""
+    return str(error).startswith(("Event loop is closed", "Encountered error while reading array index"))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,22 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.bundle import LARGEST_TOKENIZER_FILE, Bundle, NewComponent, replace_component, write_bundle
+from dynaip_jax.storage.bundle import (
+    LARGEST_TOKENIZER_FILE,
+    Bundle,
+    NewComponent,
+    _quiet,
+    replace_component,
+    write_bundle,
+)
 from dynaip_jax.storage.folders import as_path, copy_tree
 from dynaip_jax.storage.manifest import BUNDLE_FILE, fingerprint, flatten
 
@@ -296,3 +305,16 @@ def test_of_a_bundle_components_and_tokenizers_are_copied(tmp_path):
     with pytest.raises(UserError, match="vae: a link, or no plain file"):
         replace_component(bundle, tmp_path / "newer", "transformer", params(7), {})
     assert not (tmp_path / "newer").exists()
+
+
+@pytest.mark.parametrize(
+    "late", ["Event loop is closed", "Encountered error while reading array index: (slice(0, 2, 1),)."]
+)
+def test_reads_that_end_after_one_that_failed_print_nothing(monkeypatch, late):
+    """Orbax leaves them behind; Python prints what they raise when it collects them. Other errors are still printed."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    _quiet.__wrapped__()
+    for text in (late, "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(what.exc_value) for what in printed] == ["another"]
