@@ -72,7 +72,10 @@ class Arguments(recipe.Sources):
         "converted base model", default=None, usual="the embedded one of Shapeland", unit="BUNDLE", group=FILES
     )
     adapter: str | None = argument(
-        "trained adapter; without it plain text to image", default=None, unit="DIR", group=FILES
+        "trained adapter, or XLabs' (ip_adapter.safetensors); without it plain text to image",
+        default=None,
+        unit="DIR_OR_FILE",
+        group=FILES,
     )
     lora: tuple[str, ...] = argument(
         "a LoRA that is merged into the weights, as strongly as scale says (default 1); repeat for more",

@@ -228,6 +228,12 @@ class Family(abc.ABC):
         in latent pixels. Raises `NotImplementedError` where it reads none."""
         raise NotImplementedError
 
+    def pooled_vision(self, params: Any, pixels: ArrayLike) -> jax.Array:
+        """CLIP's pooled state `[b, c]`, after its last norm and before any projection, of `pixels` `[b, S, S, 3]`."""
+        last = self.config("clip_vision").num_hidden_layers
+        _, pooled = self.module("clip_vision").apply({"params": params}, pixels, layers=(last,))
+        return pooled
+
     # --- the transformer
 
     @property

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynaip_jax import images
-from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
+from dynaip_jax.adapters.base import AdapterConfig
+from dynaip_jax.adapters.dynaip import DynaIP
+from dynaip_jax.adapters.ip_adapter import IPAdapter, IPAdapterConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.tokenizers import Tokenizers
@@ -24,6 +26,9 @@ from dynaip_jax.types import ImagePrompt, TextCondition
 
 # What `images.load_image` reads: a path, the bytes of a file, a binary file object, a PIL image, an array of NumPy, JAX or torch.
 Picture: TypeAlias = Any
+
+
+CLIP_PROJECTION = "clip_projection"  # a bundle's component: the matrix from CLIP's pooled state to its embedding
 
 
 class Conditions(NamedTuple):
@@ -91,16 +96,21 @@ def encode_text(family: Family, params: Mapping[str, Any], ids: Mapping[str, jax
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def make_image_prompt(
-    family: Family, config: DynaIPConfig, vision_params: Any, params: Any, pixels: jax.Array, options: dict[str, Any]
-) -> tuple[ImagePrompt, jax.Array]:
-    """CLIP features of `pixels` `[b, s, S, S, 3]`, then the adapter: `ImagePrompt` and routing weights `[b, s, 3]`.
-
-    `options`: see `DynaIP`.
-    """
+    family: Family, config: AdapterConfig, vision_params: Any, params: Any, pixels: jax.Array, options: dict[str, Any]
+) -> tuple[ImagePrompt, jax.Array | None]:
+    """What the adapter makes of `pixels` `[b, s, S, S, 3]`: the `ImagePrompt`, and DynaIP's routing weights `[b, s, 3]` (None: another
+    adapter, which has none). `options`: see `DynaIP`."""
     b, s = pixels.shape[:2]
-    levels = family.vision(vision_params, pixels.reshape(b * s, *pixels.shape[2:]), config.hmoe.levels)
+    flat, compute = pixels.reshape(b * s, *pixels.shape[2:]), family.compute("clip_vision")
+    if isinstance(config, IPAdapterConfig):
+        pooled = family.pooled_vision(vision_params, flat)
+        embedding = (pooled @ params[CLIP_PROJECTION]["kernel"].astype(pooled.dtype)).reshape(b, s, -1)
+        own = {name: value for name, value in options.items() if name != "granularity"}
+        other: Any = IPAdapter(config, compute)
+        return other.apply({"params": params["adapter"]}, embedding, **own), None
+    levels = family.vision(vision_params, flat, config.hmoe.levels)
     features = [level.reshape(b, s, *level.shape[1:]) for level in levels]
-    adapter: Any = DynaIP(config, family.compute("clip_vision"))
+    adapter: Any = DynaIP(config, compute)
     return adapter.apply({"params": params}, features, **options)
 
 

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dynaip_jax import choices
+from dynaip_jax import choices, reading
+from dynaip_jax.adapters.base import AdapterConfig
 from dynaip_jax.adapters.dynaip import DynaIPConfig, abstract_adapter_params
+from dynaip_jax.adapters.ip_adapter import abstract_ip_adapter_params
 from dynaip_jax.errors import OutOfMemory, UserError, reason
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.quantize import quantized, weights_model
@@ -23,11 +25,14 @@ from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.runtime import memory
 from dynaip_jax.runtime.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device
+from dynaip_jax.sampling.conditions import CLIP_PROJECTION
 from dynaip_jax.sampling.loras import Given, LoRA, merged, read_loras, record
+from dynaip_jax.sampling.public_adapters import clip_projection, open_public, read_public
 from dynaip_jax.sampling.settings import made_with
 from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import from_dict
+from dynaip_jax.storage.folders import as_path
 
 
 class Described(NamedTuple):
@@ -36,7 +41,7 @@ class Described(NamedTuple):
     bundle: Bundle
     family: Family
     tokenizers: Tokenizers
-    adapter: DynaIPConfig | None
+    adapter: AdapterConfig | None
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -45,7 +50,7 @@ class Described(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A model whose weights are still to be read: the `folder` of its adapter, and where they are to be. `settings`: what those of
+    """A model whose weights are still to be read: the `folder` or file of its adapter, and where they are to be. `settings`: what those of
     pictures say of it, as JSON holds them; `loras`: what is merged into its weights."""
 
     model: Described
@@ -64,14 +69,12 @@ class Opened(NamedTuple):
     def read(self) -> tuple[dict[str, Any], Any]:
         """The parameters of every component, and the adapter's (None without one). Raises `UserError` for files that are damaged or
         of other sizes, and if the memory does not hold them."""
-        family = self.model.family
         try:
             with memory.watched():
                 params = self._components()
                 if self.folder is None or self.model.adapter is None:
                     return params, None
-                boxed = abstract_adapter_params(self.model.adapter, family.compute("clip_vision"), boxed=True)
-                return params, read_adapter_weights(self.folder, self._target(boxed), verify=self.verify)
+                return params, self._adapter(self.folder, self.model.adapter)
         except OutOfMemory as e:
             raise UserError(
                 f"{self.model.bundle.path}: its weights do not fit into memory ({e}); {self.remedies()}"
@@ -80,6 +83,19 @@ class Opened(NamedTuple):
     def remedies(self) -> str:
         """What makes weights smaller or shares them, of what is not done yet."""
         return remedies(self.model.family, self.offload_text)
+
+    def _adapter(self, path: str | Path, config: AdapterConfig) -> dict[str, Any]:
+        compute = self.model.family.compute("clip_vision")
+        if isinstance(config, DynaIPConfig):
+            boxed = abstract_adapter_params(config, compute, boxed=True)
+            return read_adapter_weights(path, self._target(boxed), verify=self.verify)
+        bundle, sizes = self.model.bundle, clip_projection(self.model.bundle)
+        matrix = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(sizes, compute.param_dtype), names=("embed", None))
+        target = self._target({"kernel": matrix})
+        return {
+            CLIP_PROJECTION: bundle.load(CLIP_PROJECTION, target, verify=self.verify),
+            "adapter": read_public(path, config, self._target(abstract_ip_adapter_params(config, compute))),
+        }
 
     def _components(self) -> dict[str, Any]:
         family, bundle = self.model.family, self.model.bundle
@@ -136,7 +152,13 @@ def open_model(
     compute = Compute(dtype=kind, param_dtype=kind, attention=attention, weights=weights)
     family = family_of(opened, compute, reference=adapter is not None)
     weights_model(family)  # if it needs qwix and that is not here, says so before anything is read
-    config = None if adapter is None else read_adapter_config(adapter, opened, family, any_base)
+    config: AdapterConfig | None = None
+    if adapter is not None and reading.is_file(as_path(adapter)):
+        if any_base:
+            raise UserError("`any_base`: the `adapter` is a file that belongs to no one base; leave it out")
+        config = open_public(adapter, opened, family)
+    elif adapter is not None:
+        config = read_adapter_config(adapter, opened, family, any_base)
     if config is not None:
         family = family.with_injection(config.injection)
     grid = None if mesh is None else make_mesh(mesh)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dynaip_jax import images
-from dynaip_jax.adapters.dynaip import DynaIPConfig
+from dynaip_jax.adapters.base import AdapterConfig
 from dynaip_jax.errors import OutOfMemory, UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.tokenizers import Tokenizers
@@ -50,7 +50,7 @@ class Generation:
     """What was made, and how.
 
     `images`; of each the prompt (`prompts`) and its seed (`seeds`, None with injected noise); `routing`: float32 `[s, 3]`, low, mid
-    and high weight of each reference (averaged over tokens for a token router), None without references; `options`: as they
+    and high weight of each reference (averaged over tokens for a token router), None without references and for adapters that have no router; `options`: as they
     were used, defaults filled in; `settings`: what PNG files say of all of them, as JSON holds it (of one: `settings_of`); `warnings`:
     lines worth showing; `rows`: of each picture its row of injected noise, None with seeds.
     """
@@ -85,7 +85,7 @@ class DynaIPPipeline:
         family: Family,
         params: Mapping[str, Any],
         tokenizers: Tokenizers,
-        adapter: tuple[DynaIPConfig, Any] | None,
+        adapter: tuple[AdapterConfig, Any] | None,
         mesh: Mesh | None = None,
         settings: Mapping[str, Any] = MappingProxyType({}),
     ):
@@ -121,7 +121,7 @@ class DynaIPPipeline:
         verify: bool = True,
         loras: Given = (),
     ) -> DynaIPPipeline:
-        """Reads a bundle and, if given, an adapter made for it.
+        """Reads a bundle and, if given, an adapter made for it: a folder, or XLabs' file.
 
         `dtype`: "float32" or "bfloat16", of weights and activations; None = float32 on CPU, bfloat16 elsewhere. The VAE decodes
         in float32 always. `any_base` accepts an adapter trained on another base of the same sizes. `mesh`: the devices that share
@@ -264,8 +264,8 @@ class DynaIPPipeline:
         with on_mesh(self.mesh):
             return encode_text(self.family, encoders, self.tokenizers.ids(prompts))
 
-    def image_prompt(self, pixels: np.ndarray, **options: Any) -> tuple[ImagePrompt, jax.Array]:
-        """The `ImagePrompt` and routing weights of reference pixels `[b, s, size, size, 3]`; `options`: see `DynaIP`."""
+    def image_prompt(self, pixels: np.ndarray, **options: Any) -> tuple[ImagePrompt, jax.Array | None]:
+        """The `ImagePrompt` and DynaIP's routing weights (None: another adapter) of reference pixels `[b, s, size, size, 3]`; `options`: see `DynaIP`."""
         if self.adapter is None:
             raise ValueError("this pipeline was loaded without an adapter")
         config, params = self.adapter
@@ -281,6 +281,8 @@ class DynaIPPipeline:
         size = self.family.config("clip_vision").image_size
         pixels = reference_pixels(references, size, request.options.fit)[None]
         image_prompt, weights = self.image_prompt(pixels, **adapter_options(request.options, **request.where))
+        if weights is None:
+            return image_prompt, None
         return image_prompt, np.asarray(weights[0]).reshape(len(references), -1, 3).mean(axis=1)
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dynaip_jax.adapters.ip_adapter import IPAdapterConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.sampling.conditions import Picture, Subjects, places
 from dynaip_jax.sampling.natives import Natives
@@ -181,6 +182,8 @@ def _check(model: Described, subjects: Subjects, options: SampleOptions) -> str:
         raise UserError("`references`: no adapter is loaded; pass `adapter`, or leave the references out")
     if model.adapter is not None and not subjects.references:
         raise UserError("`adapter`: no reference picture to use it on; pass `references`, or leave the adapter out")
+    if options.granularity is not None and isinstance(model.adapter, IPAdapterConfig):
+        raise UserError("`granularity`: this adapter reads CLIP's embedding, which has no levels; leave it out")
     mode = subjects.regions(options.regions)
     options.check_gains(len(subjects.references))
     return mode

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dynaip_jax import images
+from dynaip_jax import images, reading
 from dynaip_jax.errors import UserError
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.sampling.conditions import Subjects
@@ -34,9 +34,12 @@ def made_with(
     found = None
     if adapter is not None:
         folder = as_path(adapter)
-        manifest = read_adapter_manifest(folder, base=bundle, any_base=any_base)
         with contextlib.suppress(OSError):  # whoever reads the weights says so
-            found = identity(manifest, folder / ADAPTER_WEIGHTS)
+            if reading.is_file(folder):
+                found = identity({}, folder)
+            else:
+                manifest = read_adapter_manifest(folder, base=bundle, any_base=any_base)
+                found = identity(manifest, folder / ADAPTER_WEIGHTS)
     return dict(
         program=f"dynaip_jax {__version__}",
         model=str(bundle.path),
@@ -70,9 +73,10 @@ def record(
         settings |= dict(negative_prompt=used.negative_prompt, true_cfg=used.true_cfg)
     if reused is not None:
         settings |= dict(cache_threshold=used.cache_threshold, cached_steps=reused)
-    if routing is not None:
+    if subjects.references:
         settings |= {name: getattr(used, name) for name in reference_options()}
-        settings |= dict(words=list(subjects.words), regions=mode, routing=routing.round(4).tolist())
+        settings |= dict(words=list(subjects.words), regions=mode)
+        settings |= dict(routing=None if routing is None else routing.round(4).tolist())
         settings |= dict(reference=list(subjects.reference_paths), mask=list(subjects.mask_paths))
         settings["reference_fingerprint"] = [images.digest(picture) for picture in subjects.references]
         settings["mask_fingerprint"] = [images.digest(mask.values) for mask in subjects.masks]
