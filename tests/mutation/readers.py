@@ -812,9 +812,130 @@ class Tokenizer(Reader):
         return None
 
 
+class Loras(Reader):
+    """A LoRA file: names, shapes, dtypes, numbers and settings in the header; merged into weights. One with another tensor may be read if
+    what is left is a LoRA; the same tensors under other names are the same."""
+
+    def make(self, folder):
+        from safetensors.numpy import save_file
+
+        from tests.adapters.lora_files import FILES, bfl_weights
+
+        base = bfl_weights(self.names())
+        tensors, metadata = {}, FILES["diffusers, header"](base).metadata
+        for kind, start in (
+            ("diffusers", "transformer.single_transformer_blocks.0.attn.to_q."),
+            ("kohya", "lora_unet_img_in."),
+            ("differences", "diffusion_model.double_blocks.0."),
+            ("LoKr", "lycoris_double_blocks_1_txt_attn_qkv."),
+            ("DoRA of inputs", "diffusion_model.single_blocks.1.linear2."),
+        ):
+            whole = FILES[kind](base).tensors
+            tensors |= {name: np.asarray(x) for name, x in whole.items() if name.startswith(start)}
+        save_file(tensors, folder / "a.safetensors", metadata=metadata)
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def public():
+        from dynaip_jax.families.flux_names import public_names
+        from dynaip_jax.models.clip import CLIPTextConfig
+        from dynaip_jax.models.t5 import T5Config
+        from tests.adapters.lora_files import CONFIG
+
+        return public_names(CONFIG, CLIPTextConfig.tiny(), T5Config.tiny())
+
+    def names(self):
+        return self.public().components["transformer"]
+
+    def mutate(self, rng, good, folder):
+        import ml_dtypes
+        from safetensors import safe_open
+        from safetensors.numpy import load_file, save_file
+
+        path = folder / "a.safetensors"
+        if rng.random() < 0.1:
+            path.write_bytes(damaged_bytes(rng, path.read_bytes()))
+            return
+        tensors = load_file(path)
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+        name = rng.choice(sorted(tensors))
+        x, kind = tensors[name], rng.randrange(8)
+        if kind == 0:
+            metadata = {
+                key: damaged_json(rng, value.encode()).decode("utf-8", "replace") for key, value in metadata.items()
+            }
+        elif kind == 1:
+            del tensors[name]
+        elif kind == 2:
+            at = rng.randrange(len(name))
+            tensors[name[:at] + rng.choice(("", ".", "_", "9", "\n", "lora_A")) + name[at + rng.randrange(4) :]] = (
+                tensors.pop(name)
+            )
+        elif kind == 3:
+            ends = (
+                ".lora_A.weight",
+                ".alpha",
+                ".diff",
+                ".dora_scale",
+                ".lokr_w1",
+                ".hada_w1_a",
+                ".set_weight",
+                ".weight",
+                ".diff_b",
+            )
+            tensors[name.rsplit(".", rng.randrange(1, 3))[0] + rng.choice(ends)] = x
+        elif kind == 4:
+            shapes = ((), (0,), (1,), x.shape[::-1], (*x.shape, 1, 1), (*x.shape, 2), x.shape[:1], (0, 3), (3, 0))
+            tensors[name] = np.zeros(rng.choice(shapes), x.dtype)
+        elif kind == 5:
+            kinds = (np.int32, np.bool_, np.uint8, np.float64, np.float16, ml_dtypes.bfloat16)
+            tensors[name] = x.astype(rng.choice(kinds))
+        elif kind == 6:
+            tensors[name] = np.full(x.shape, rng.choice((np.nan, np.inf, 3e38, 0, -1, 1e-45)), np.float32).astype(
+                x.dtype
+            )
+        else:
+            prefix = rng.choice(("transformer.", "diffusion_model.", "base_model.model.", "lora_te1_", ""))
+            tensors[prefix + name.removeprefix("transformer.")] = x
+        save_file(
+            {key: np.ascontiguousarray(value).reshape(value.shape) for key, value in tensors.items()}, path, metadata
+        )
+
+    def read(self, folder):
+        from dynaip_jax.adapters.lora import Scaled, merge
+        from dynaip_jax.sampling.loras import _read
+
+        lora = _read(str(folder / "a.safetensors"), 1.0, self.public())
+        leaves: dict[str, Any] = {}
+        for tensor in self.names().tensors.values():
+            for piece in tensor.pieces:
+                rows, columns = (span[1] - span[0] if span else 1 for span in (piece.rows, piece.columns))
+                shape = (rows,) if piece.columns is None else (columns, rows)
+                leaves[piece.leaf] = np.zeros(shape if piece.block is None else (2, *shape), np.float32)
+        changes = [Scaled(change, 1.0) for change in lora.changes if change.component == "transformer"]
+        return digest(merge(unflatten(leaves), self.names(), changes))
+
+    def different(self, folder, found):
+        from safetensors import SafetensorError, deserialize
+
+        try:
+            deserialize((folder / "a.safetensors").read_bytes())
+        except SafetensorError as e:
+            return f"the library refuses it: {e}"
+        return None
+
+
+def unflatten(leaves):
+    from flax.traverse_util import unflatten_dict
+
+    return unflatten_dict(leaves, sep="/")
+
+
 READERS: dict[str, Callable[[], Reader]] = dict(
     safetensors=Safetensors, index=Index, adapter_json=AdapterFile, adapter_weights=AdapterWeights, bundle_json=BundleFile,
     bundle_folder=BundleFolder, old_bundle_folder=OldBundleFolder, transformer_config=TransformerConfig, vae_config=VAEConfigFile,
     t5_config=T5ConfigFile, clip_text_config=CLIPTextConfigFile, clip_vision_config=CLIPVisionConfigFile, schedule=Schedule,
     npy=Npy, msgpack=Msgpack, gguf=GGUF, pictures=Pictures, features=Features, datasets=Datasets, sources=Sources, tokenizer=Tokenizer,
+    loras=Loras,
 )  # fmt: skip
