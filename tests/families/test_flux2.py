@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from transformers import AutoTokenizer
 
@@ -43,6 +44,13 @@ def test_packing_has_an_inverse_and_positions():
     np.testing.assert_array_equal(tokens[1, 7], z[1, :, 1, 2])
     np.testing.assert_array_equal(family.unpack(tokens, 3, 5), z)
     assert flux2.positions(3, 5, 20)[0, 7].tolist() == [20, 1, 2, 0]
+
+
+def test_references_stand_where_diffusers_puts_them():
+    family, sizes = tiny_family("flux2"), ((3, 5), (2, 2), (4, 1))
+    theirs = Flux2KleinPipeline._prepare_image_ids([torch.zeros(1, 128, *size) for size in sizes])
+    ours = [family.reference_ids(number, *size) for number, size in enumerate(sizes)]
+    np.testing.assert_array_equal(np.concatenate(ours, axis=1), theirs.numpy())
 
 
 def test_fresh_parameters_have_no_velocity():
