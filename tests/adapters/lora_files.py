@@ -198,6 +198,8 @@ def differences(base):
     file.tensors[f"diffusion_model.{MLP}.set_weight"] = new
     file.tensors[f"diffusion_model.{MLP}.reshape_weight"] = np.array(new.shape, np.int64)
     file.weights[f"{MLP}.weight"] = new.astype(np.float64)
+    file.tensors[f"diffusion_model.{MLP}.bias"] = file.draw(*base[f"{MLP}.bias"].shape)
+    file.weights[f"{MLP}.bias"] = file.tensors[f"diffusion_model.{MLP}.bias"].astype(np.float64)
     return file
 
 
