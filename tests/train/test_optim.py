@@ -62,7 +62,9 @@ def test_warmup_clipping_and_decay_of_matrices_only():
 
 
 MATRICES = {"kernel", "embedding", "key", "value"}  # last parts of names; the last two are an adapter's banks
-VECTORS = {"bias", "scale", "key_norm", "queries", "position_embedding", "class_embedding", "relative_attention_bias"}
+VECTORS = {
+    "bias", "scale", "mean", "variance", "key_norm", "queries", "position_embedding", "class_embedding", "relative_attention_bias",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
