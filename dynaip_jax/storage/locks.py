@@ -37,7 +37,7 @@ def hold(file: Path, refusal: Callable[[str], UserError]) -> Iterator[None]:
     lock, locked = _opened(file)
     try:
         if locked is False:
-            raise refusal(_told(_facts(file)))
+            raise refusal(_holder(file))
         if locked is None and _may_live(_facts(file)):
             raise refusal(f"{_told(_facts(file))}; if it has ended, delete {file}")
         own = _own_facts()
@@ -104,7 +104,7 @@ def holder_of(file: Path) -> str | None:
     try:
         locked = _locked(lock, fcntl.LOCK_SH)
         held = locked is False or (locked is None and _may_live(_facts(file)))
-        return _told(_facts(file)) if held else None
+        return _holder(file) if held else None
     finally:
         os.close(lock)
 
@@ -136,6 +136,14 @@ def _locked(file: int, kind: int) -> bool | None:
             raise
         return None
     return True
+
+
+def _holder(file: Path) -> str:
+    """Who holds a lock, as it says itself; one that has just taken it has a moment to write that."""
+    until = time.monotonic() + SETTLE
+    while not (facts := _facts(file)) and time.monotonic() < until:
+        time.sleep(0.01)
+    return _told(facts)
 
 
 def _facts(file: Path | epath.Path) -> dict[str, Any]:

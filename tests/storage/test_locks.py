@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from etils import epath
@@ -69,6 +71,32 @@ def test_a_lock_that_says_nothing_is_taken_and_held(tmp_path, content):
         file.write_text(content)
         with pytest.raises(UserError, match="held by another process$"), hold(file, refusal):
             pass
+
+
+def test_a_holder_that_has_just_begun_is_named(tmp_path, monkeypatch):
+    """It has the lock, and not yet written who it is."""
+    file, own, slow = tmp_path / "lock", locks._own_facts, threading.Event()
+
+    def facts():
+        slow.set()
+        time.sleep(0.2)
+        return own()
+
+    def keep():
+        with hold(file, refusal):
+            done.wait(30)
+
+    done = threading.Event()
+    monkeypatch.setattr(locks, "_own_facts", facts)
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        assert slow.wait(30)
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), hold(file, refusal):
+            pass
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_link_is_not_followed(tmp_path):
