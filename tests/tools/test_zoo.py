@@ -1,13 +1,17 @@
 """Every member of the zoo of public layouts: the golden, or a refusal by name."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 
 from dynaip_jax.errors import UserError
 from tests.tools import zoo
 
-pytestmark = pytest.mark.skipif(not zoo.MAKER.is_file(), reason="the zoo's generator is not there")
+pytestmark = [
+    pytest.mark.skipif(not zoo.MAKER.is_file(), reason="the zoo's generator is not there"),
+    pytest.mark.skipif(find_spec("torchao") is None, reason="the zoo's generator needs torchao"),
+]
 EITHER = {  # accepted, though the zoo would have them refused: its notes say that this is better, or as good
     "quanto-folder", "t5-bnb-int8", "clip-l-longclip", "folder-without-t5", "config-with-other-rope",
 }  # fmt: skip
