@@ -68,10 +68,12 @@ def main() -> int:
             config = DataConfig(path=str(folder), resolution=args.resolution, aspects=("1:1", "3:2"), prefetch=4)
             reader, bucket = Pictures(dataset, config, NoText()), buckets(args.resolution, ("3:2",))[0]
             rows = itertools.cycle(range(len(dataset)))
-            steps: dict[str, Callable[[int], Any]] = dict(
-                records=dataset.__getitem__,
-                decoded=lambda n, d=dataset: images.load_image("record", data=d[n].target),  # type: ignore[misc]
-                samples=lambda n, r=reader, b=bucket: r.read(np.array([n]), b, 0),  # type: ignore[misc]
+            steps: dict[str, Callable[[int], Any]] = (
+                dict(  # mypy cannot infer lambdas with defaults: hence `type: ignore`
+                    records=dataset.__getitem__,
+                    decoded=lambda n, d=dataset: images.load_image("record", data=d[n].target),  # type: ignore[misc]
+                    samples=lambda n, r=reader, b=bucket: r.read(np.array([n]), b, 0),  # type: ignore[misc]
+                )
             )
             rates = {f"{k}_per_core_s": _rate(call, rows, args.seconds) for k, call in steps.items()}
             _print(

@@ -94,7 +94,7 @@ def measure(path: Path, workers: int, batch: int) -> dict[str, Any]:
     batches = list(itertools.islice(loader, 400))
     pids = workers_of(os.getpid())
     figures = dict(
-        rows=len(loader.reader.dataset),  # type: ignore[attr-defined]
+        rows=len(loader.reader.dataset),  # type: ignore[attr-defined]  # the loader takes any reader; this one has a dataset
         index_mib=(path / INDEX).stat().st_size / 2**20,
         open_and_order_cpu_s=opened - start,
         shuffle_an_epoch_cpu_s=shuffled - opened,

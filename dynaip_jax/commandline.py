@@ -169,7 +169,7 @@ def _tyro_type(cls: type) -> type:
     """
     from tyro import conf
 
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls)  # types made here, at run time, are nothing that mypy can follow: hence `type: ignore`
     groups: dict[str, dict[str, Any]] = {}
     for f in dataclasses.fields(cls):
         hint, meta = _without_none(hints[f.name]), f.metadata

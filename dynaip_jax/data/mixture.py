@@ -15,7 +15,11 @@ from dynaip_jax.data.records import Dataset, Record, open_dataset
 
 
 class Mixture(Dataset):
-    """`datasets` one after the other; see `Dataset`. `path` names all of them, for messages."""
+    """`datasets` one after the other; see `Dataset`. `path` names all of them, for messages.
+
+    Where one dataset has a path and plain arrays, this has text and properties that join them when they are asked for; mypy allows
+    neither in a subclass, and callers only read them: hence `type: ignore`.
+    """
 
     def __init__(self, datasets: Sequence[Dataset]):
         self.datasets = tuple(datasets)
