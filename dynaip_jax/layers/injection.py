@@ -17,7 +17,9 @@ from jaxtyping import Float
 from dynaip_jax import choices
 from dynaip_jax.layers import regions
 from dynaip_jax.layers.attention import attention
+from dynaip_jax.layers.positions import apply_rope
 from dynaip_jax.layers.regions import RegionScores
+from dynaip_jax.runtime.sharding import HEADS, constrain
 from dynaip_jax.types import KV, ImagePrompt, Tensor
 
 
@@ -151,6 +153,32 @@ def reference_term(
     )
     query = rows.rotated if injection.query == "after_rope" else rows.query
     return reference_attention(query, prompt.kv, gain, injection.merge, kernel), evidence
+
+
+def joint_attention(
+    injection: Injection,
+    kernel: str,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    rope: jax.Array,
+    places: Places,
+    prompt: BlockPrompt | None,
+    evidence: RegionScores | None,
+    text_rows: int,
+    own: int | None = None,
+) -> tuple[jax.Array, jax.Array | None, RegionScores | None]:
+    """Heads `[b, n, h, d]` of a block's joint attention with RoPE, with the reference term where it is added there; the term itself,
+    whose keys stand at position 0; and `evidence` with what this block adds to it.
+
+    `qkv`: normed, `[b, n, h, d]` each, text rows first; the term acts on the first `own` rows (None: on all) and is 0 in the others.
+    """
+    q, k, v = (constrain(x, *HEADS) for x in qkv)
+    rotated, keys = apply_rope(q, rope), apply_rope(k, rope)
+    heads = attention(rotated, keys, v, kernel=kernel)
+    rows = Rows(q[:, :own], rotated[:, :own], keys[:, :own], text_rows)
+    term, evidence = reference_term(injection, kernel, rows, prompt, places, evidence)
+    if term is not None and term.shape[1] < heads.shape[1]:
+        term = jnp.pad(term, ((0, 0), (0, heads.shape[1] - term.shape[1]), (0, 0), (0, 0)))
+    return before_projection(injection, heads, term), term, evidence
 
 
 def before_projection(injection: Injection, heads: jax.Array, term: jax.Array | None) -> jax.Array:

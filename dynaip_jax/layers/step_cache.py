@@ -58,3 +58,18 @@ def cached(
         return whole, cache._replace(first=first, rest=whole - after)
 
     return nn.cond(size(first - cache.first) <= cache.threshold * size(cache.first), reuse, run, module)
+
+
+def first_of(tree: Any) -> Any:
+    """The first entry of stacked arrays, still stacked."""
+    return jax.tree.map(lambda x: x[:1], tree)
+
+
+def with_first_block(run: Callable[[Any], jax.Array], module: nn.Module) -> jax.Array:
+    """`run(module)`, where `module`'s stacked "double_blocks" are the first alone."""
+
+    def slim(variables: Any) -> Any:
+        params = variables["params"]
+        return {"params": {**params, "double_blocks": first_of(params["double_blocks"])}}
+
+    return nn.map_variables(run, "params", trans_in_fn=slim)(module)

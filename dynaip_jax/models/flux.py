@@ -18,14 +18,12 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import LayerNorm, RMSNorm, linear, scanned
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares
-from dynaip_jax.layers.positions import apply_rope, rope_table, timestep_embedding
-from dynaip_jax.layers.regions import RegionScores
-from dynaip_jax.layers.step_cache import StepCache, cached
-from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
+from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
+from dynaip_jax.layers.positions import rope_table, timestep_embedding
+from dynaip_jax.layers.step_cache import StepCache, cached, first_of, with_first_block
+from dynaip_jax.runtime.sharding import ROWS, WIDE, constrain
 from dynaip_jax.types import ImagePrompt
 
 BLOCKS = (0, schema.BLOCKS[1])  # of a kind
@@ -189,7 +187,8 @@ class DoubleBlock(nn.Module):
         img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
         txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
-        heads, term, evidence = _attend(p, how, qkv, shared, prompt, evidence, text_rows=txt.shape[1])
+        rope, places, text = shared.rope, shared.places, txt.shape[1]
+        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, text)
         (txt_heads, img_heads), (txt_term, img_term) = (_split(x, txt.shape[1]) for x in (heads, term))
 
         img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
@@ -214,7 +213,8 @@ class SingleBlock(nn.Module):
         rows, evidence = state
         (mod,) = Modulate(c, p, 1, name="modulation")(shared.vec)
         x = mod(rows)
-        heads, term, evidence = _attend(p, how, QKV(c, p, name="attn")(x), shared, prompt, evidence, self.text_rows)
+        qkv, rope, places = QKV(c, p, name="attn")(x), shared.rope, shared.places
+        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, self.text_rows)
         mlp = constrain(linear(c.mlp_dim, ("embed", "mlp"), name="mlp_in", **p.dtypes)(x), *WIDE)
         mlp = linear(c.hidden_size, ("mlp", "embed"), name="mlp_out", **p.dtypes)(nn.gelu(mlp, approximate=True))
         out = _attn_out(c, p, "attn_out", use_bias=False)(heads) + mlp
@@ -335,36 +335,10 @@ def _all_blocks(flux: Flux, state, shared: Shared, share: Shares) -> jax.Array:
 def _first_block(state, shared: Shared, share: Shares, flux: Flux) -> jax.Array:
     """Image rows `[b, i, c]` after the first block alone."""
 
-    def first_of(tree):
-        return jax.tree.map(lambda x: x[:1], tree)
-
-    def slim(variables):
-        params = variables["params"]
-        return {"params": {**params, "double_blocks": first_of(params["double_blocks"])}}
-
     def run(flux: Flux) -> jax.Array:
         return _double_blocks(flux, 1, state, shared, first_of(share.double))[0]
 
-    return nn.map_variables(run, "params", trans_in_fn=slim)(flux)
-
-
-def _attend(
-    p: Compute,
-    how: Injection,
-    qkv,
-    shared: Shared,
-    prompt: BlockPrompt | None,
-    evidence: RegionScores | None,
-    text_rows: int,
-) -> tuple[jax.Array, jax.Array | None, RegionScores | None]:
-    """Heads `[b, n, h, d]` of the joint attention with RoPE, with the reference term where it is added there; the term itself, whose
-    keys stand at position 0; and `evidence` with what this block adds to it."""
-    q, k, v = (constrain(x, *HEADS) for x in qkv)
-    rotated, keys = apply_rope(q, shared.rope), apply_rope(k, shared.rope)
-    heads = attention(rotated, keys, v, kernel=p.attention)
-    rows = injection.Rows(q, rotated, keys, text_rows)
-    term, evidence = injection.reference_term(how, p.attention, rows, prompt, shared.places, evidence)
-    return injection.before_projection(how, heads, term), term, evidence
+    return with_first_block(run, flux)
 
 
 def _split(x: jax.Array | None, text_rows: int) -> tuple[jax.Array | None, jax.Array | None]:

@@ -19,15 +19,13 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.attention import attention
 from dynaip_jax.layers.basic import RMSNorm, linear, scanned
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares
-from dynaip_jax.layers.positions import apply_rope, rope_table, timestep_embedding
-from dynaip_jax.layers.regions import RegionScores
-from dynaip_jax.layers.step_cache import StepCache, cached
+from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
+from dynaip_jax.layers.positions import rope_table, timestep_embedding
+from dynaip_jax.layers.step_cache import StepCache, cached, first_of, with_first_block
 from dynaip_jax.models.flux import Modulation
-from dynaip_jax.runtime.sharding import HEADS, ROWS, constrain
+from dynaip_jax.runtime.sharding import ROWS, constrain
 from dynaip_jax.types import ImagePrompt, References
 
 BLOCKS = (0, schema.BLOCKS[1])  # of a kind
@@ -183,7 +181,8 @@ class DoubleBlock(nn.Module):
         img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
         txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
-        heads, term, evidence = _attend(p, how, qkv, shared, prompt, evidence, self.counts)
+        rope, places, rows = shared.rope, shared.places, (self.counts.text, sum(self.counts))
+        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *rows)
         (txt_heads, img_heads), (txt_term, img_term) = (_split(x, self.counts) for x in (heads, term))
 
         img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
@@ -208,7 +207,9 @@ class SingleBlock(nn.Module):
         rows, evidence = state
         (mod,) = shared.single
         x = mod(rows)
-        heads, term, evidence = _attend(p, how, QKV(c, p, name="attn")(x), shared, prompt, evidence, self.counts)
+        qkv, rope, places = QKV(c, p, name="attn")(x), shared.rope, shared.places
+        own = (self.counts.text, sum(self.counts))
+        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *own)
         out = _attn_out(c, p, "attn_out")(heads) + _mlp_out(c, p, "mlp_out")(_gated(c, p, "mlp_in", x))
         rows = injection.after_block(how, rows + mod.gate * out, term)
         return (constrain(rows, *ROWS), evidence), None
@@ -334,39 +335,10 @@ def _all_blocks(flux: Flux2, state, shared: Shared, share: Shares, counts: Count
 def _first_block(state, shared: Shared, share: Shares, counts: Counts, flux: Flux2) -> jax.Array:
     """Image rows `[b, i, c]` after the first block alone."""
 
-    def first_of(tree):
-        return jax.tree.map(lambda x: x[:1], tree)
-
-    def slim(variables):
-        params = variables["params"]
-        return {"params": {**params, "double_blocks": first_of(params["double_blocks"])}}
-
     def run(flux: Flux2) -> jax.Array:
         return _double_blocks(flux, 1, state, shared, first_of(share.double), counts)[0][:, : counts.image]
 
-    return nn.map_variables(run, "params", trans_in_fn=slim)(flux)
-
-
-def _attend(
-    p: Compute,
-    how: Injection,
-    qkv,
-    shared: Shared,
-    prompt: BlockPrompt | None,
-    evidence: RegionScores | None,
-    counts: Counts,
-) -> tuple[jax.Array, jax.Array | None, RegionScores | None]:
-    """Heads `[b, n, h, d]` of the joint attention with RoPE, with the reference term where it is added there; the term itself, 0 in
-    reference rows; and `evidence` with what this block adds to it."""
-    q, k, v = (constrain(x, *HEADS) for x in qkv)
-    rotated, keys = apply_rope(q, shared.rope), apply_rope(k, shared.rope)
-    heads = attention(rotated, keys, v, kernel=p.attention)
-    own = sum(counts)
-    rows = injection.Rows(q[:, :own], rotated[:, :own], keys[:, :own], counts.text)
-    term, evidence = injection.reference_term(how, p.attention, rows, prompt, shared.places, evidence)
-    if term is not None and own < heads.shape[1]:
-        term = jnp.pad(term, ((0, 0), (0, heads.shape[1] - own), (0, 0), (0, 0)))
-    return injection.before_projection(how, heads, term), term, evidence
+    return with_first_block(run, flux)
 
 
 def _split(x: jax.Array | None, counts: Counts) -> tuple[jax.Array | None, jax.Array | None]:

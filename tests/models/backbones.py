@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.layers.injection import Injection
+from dynaip_jax.layers.injection import Injection, joint_attention
 from dynaip_jax.models import flux, flux2
 from dynaip_jax.models.flux import Flux, FluxConfig, Modulation
 from dynaip_jax.models.flux2 import Counts, Flux2, Flux2Config
@@ -71,14 +71,18 @@ def _flux2_shared(rope, places):
     return flux2.Shared(mods(40, 2), mods(60, 2), mods(80, 1), rope, places)
 
 
+def _attend(how, qkv, shared, prompt, evidence, own=None):
+    return joint_attention(how, "auto", qkv, shared.rope, shared.places, prompt, evidence, T, own)
+
+
 BACKBONES = dict(
     flux=Backbone(
         Flux, FluxConfig.tiny(), FluxConfig.dev(), _flux_shared, _flux_block,
-        lambda how, qkv, *rest: flux._attend(Compute(), how, qkv, *rest, T),
+        _attend,
     ),
     flux2=Backbone(
         Flux2, Flux2Config.tiny(), Flux2Config.klein_4b(), _flux2_shared, _flux2_block,
-        lambda how, qkv, *rest: flux2._attend(Compute(), how, qkv, *rest, Counts(T, I)),
+        _attend,
     ),
 )  # fmt: skip
 PLAIN = Injection()
