@@ -7,6 +7,7 @@ Source of the equations: docs/method.md, "Injection". The place of adding "resid
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -158,8 +159,8 @@ def reference_term(
 def joint_attention(
     injection: Injection,
     kernel: str,
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
-    rope: jax.Array,
+    qkv: Sequence[jax.Array],
+    rope: tuple[jax.Array, jax.Array],
     places: Places,
     prompt: BlockPrompt | None,
     evidence: RegionScores | None,
