@@ -19,13 +19,11 @@ from dynaip_jax.errors import UserError
 from train.config import DistributedConfig
 from train.stopping import Stop
 
-BEATS, LONGEST = (
-    5,
-    2.0,
-)  # signs of life within the time after which a process counts as dead; seconds between two at most
-TALKING = re.compile(
-    "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|[Cc]onnection|coordination"
-)  # in errors of JAX
+# Signs of life within the time after which a process counts as dead; seconds between two at most.
+BEATS, LONGEST = 5, 2.0
+LEAVING = 60.0  # seconds for a process that failed to say so, after the coordinator is gone
+# In errors of JAX.
+TALKING = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|[Cc]onnection|coordination")
 ALIVE, ENDED = "dynaip/alive", "dynaip/ended"  # folders in the coordinator's table
 
 
@@ -44,14 +42,14 @@ def joined(config: DistributedConfig, stop: Stop) -> Iterator[None]:
     from train.agreement import agree_on_compiled
 
     stop.join_processes()
+    others = Others(config.timeout)
     try:
-        with Others(config.timeout):
+        with others:
             agree_on_compiled()
             yield
     except BaseException as e:
         # Runs before JAX's own exit, which would wait for the others while they wait for this process.
-        status = 2 if isinstance(e, UserError) else stop.status or 1
-        atexit.register(os._exit, status)
+        atexit.register(others.leave, 2 if isinstance(e, UserError) else stop.status or 1)
         raise
 
 
@@ -88,7 +86,7 @@ class Others:
         self._own, self._count = global_state.process_id, global_state.num_processes or 1
         self._coordinator = str(global_state.coordinator_address)
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._before_abort)
-        self._over = threading.Event()
+        self._over, self._leaving = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
 
     def __enter__(self) -> Others:
@@ -104,13 +102,18 @@ class Others:
             )  # talking to another process failed: this ends here if that one is dead
         self._over.set()
         self._thread.join()
-        ctypes.CDLL(None).signal(int(signal.SIGABRT), ctypes.c_void_p(int(signal.SIG_DFL)))
         if error is not None:
+            self._leaving = True
             reason = str(error) if isinstance(error, UserError) else type(error).__name__
             with contextlib.suppress(Exception):  # the coordinator may be what is gone
                 self._show(ENDED, " ".join(reason.split())[:200])
         else:
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), ctypes.c_void_p(int(signal.SIG_DFL)))
             self._show(ENDED, "")
+
+    def leave(self, status: int) -> None:
+        """Ends a process whose block failed."""
+        os._exit(status)
 
     def _show(self, folder: str, text: str) -> None:
         self._client.key_value_set(f"{folder}/{self._own}", text, allow_overwrite=True)
@@ -135,7 +138,7 @@ class Others:
             for other in range(self._count):
                 sign = alive.get(other, "")
                 name = f"process {other}" + (" on {1}, process id {2},".format(*sign.split()) if sign else "")
-                if ended.get(other):
+                if ended.get(other) and not self._over.wait(LONGEST):  # this one may be about to fail of the same
                     self._end(f"{name} ended: {ended[other]}")
                 if sign != seen.get(other, ("", began))[0]:
                     seen[other] = sign, now
@@ -143,7 +146,9 @@ class Others:
                     self._end(f"{name} shows no sign of life since {self._timeout:g} s (--distributed.timeout)")
 
     def _before_abort(self, number: int) -> None:
-        """JAX aborts the process as soon as its coordinator is gone, and names nobody."""
+        """JAX aborts the process, in a thread of its own, as soon as its coordinator is gone, and names nobody."""
+        if self._leaving:
+            time.sleep(LEAVING)  # the main thread says what failed, and leaves
         host, _, port = self._coordinator.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()

@@ -18,6 +18,7 @@ from dynaip_jax.data.loader import BatchIterator
 from tests.train import runs
 from tests.train.runs import Child, data_state, losses, metrics, steps, words
 from train import config as config_
+from train import processes
 from train.loop import train
 from train.main import main
 from train.photographs import resolve
@@ -132,13 +133,12 @@ def port():
     return free_port()
 
 
-def two_processes(home, folder, port, *argv, others=((), ())):
+def two_processes(home, folder, port, *argv, others=((), ()), call="train_as_process"):
     """Two processes of two devices each, on a mesh that makes the parts of neither of them neighbours in the batch."""
     together = "--distributed.enabled --distributed.processes 2".split()
-    call = f"{CALL}t.train_as_process(*sys.argv[1:])"
     return [
         Child(
-            home | dict(JAX_NUM_CPU_DEVICES="2"), folder / f"log{index}", "-c", call, folder,
+            home | dict(JAX_NUM_CPU_DEVICES="2"), folder / f"log{index}", "-c", f"{CALL}t.{call}(*sys.argv[1:])", folder,
             *words(folder / "run", "--batch", 4, *mesh_words(2, 2, 1), *together, *argv, *others[index]),
             "--distributed.coordinator", f"localhost:{port}", "--distributed.index", index,
         )
@@ -206,8 +206,21 @@ def test_a_second_start_of_two_processes_beside_compiled_programs(home, tmp_path
     assert steps(tmp_path / "run") == [1, 2]
 
 
+def slow_to_end(folder, *argv):
+    """Process 1 says what failed only when process 0, which the processes meet at, is gone and JAX aborts the others."""
+    if argv[-1] == "1":
+        leave = processes.Others.__exit__
+
+        def late(others, *error):
+            leave(others, *error)
+            time.sleep(3)
+
+        processes.Others.__exit__ = late
+    train_as_process(folder, *argv)
+
+
 def test_processes_with_different_options_end_before_the_first_step(home, port, tmp_path):
-    children = two_processes(home, tmp_path, port, others=((), ("--optim.rate", 0.5)))
+    children = two_processes(home, tmp_path, port, others=((), ("--optim.rate", 0.5)), call="slow_to_end")
     assert [child.end() for child in children] == [2, 2], children[0].log.read_text()
     for child in children:
         (line,) = [line for line in child.log.read_text().splitlines() if line.startswith("error: ")]
