@@ -178,10 +178,10 @@ def _index(index: AnyPath) -> dict[str, str]:
             raise ValueError("weight_map is empty")
         for file in set(names.values()):
             if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
-                raise ValueError(f"weight_map names {file!r}, expected names of .safetensors files beside it")
+                raise ValueError(f"weight_map names {file!r}, no .safetensors file beside it")
     except (OSError, ValueError) as e:
         raise UserError(
-            f"{index}: not a safetensors index ({reason(e)}); expected JSON with 'weight_map'; {advice}"
+            f"{index}: not a safetensors index ({reason(e)}); {advice}"
         ) from e
     return names
 
