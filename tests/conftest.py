@@ -1,5 +1,6 @@
 """All tests run on CPU with full float32 products, offline."""
 
+import fcntl
 import gc
 import importlib
 import os
@@ -15,11 +16,12 @@ QUICK = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
-# Compiled programs are shared by the workers and children of a run of the tests; nothing is left in the user's cache.
-COMPILED, OWNER = "DYNAIP_TESTS_COMPILED", os.environ.get("PYTEST_XDIST_WORKER") is None
+# Compiled programs, and folders that take long to make, are shared by the workers and children of a run of the tests; nothing is left in
+# the user's cache.
+SHARED, OWNER = "DYNAIP_TESTS_SHARED", os.environ.get("PYTEST_XDIST_WORKER") is None
 if OWNER:
-    os.environ[COMPILED] = tempfile.mkdtemp(prefix="dynaip_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[COMPILED]
+    os.environ[SHARED] = tempfile.mkdtemp(prefix="dynaip_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(os.environ[SHARED], "compiled"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(
     2**32
@@ -49,20 +51,35 @@ from dynaip_jax.testing import make_adapter, make_bundle  # noqa: E402
 from tests.fake_bucket import fake_bucket  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+MAPS = 25_000  # a module takes up to 14,000
 
 
 def pytest_unconfigure(config):
-    """The folder of compiled programs goes with the process that made it."""
+    """What is shared goes with the process that made it."""
     if OWNER:
-        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
+        shutil.rmtree(os.environ[SHARED], ignore_errors=True)
+
+
+def made_once(name, make):
+    """The folder `name` as `make(folder)` fills it, for all workers; nobody writes to it afterwards."""
+    folder = Path(os.environ[SHARED], name)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            new = folder.with_name(f"{name}.new")
+            new.mkdir()
+            make(new)
+            new.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Compiled programs of a module go with it: each holds many memory maps, of which Linux gives a process 65530."""
+    """Compiled programs stay for the modules after, until they are many: each holds memory maps, of which Linux gives a process 65530."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if len(Path("/proc/self/maps").read_bytes().splitlines()) > MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
@@ -71,21 +88,22 @@ def no_lines_of_progress(monkeypatch):
     monkeypatch.setattr(tasks, "EVERY", 3600.0)
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """(bundle folder, adapter folder) of random weights, made once."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_bundle(folder / "bundle")
+def make_tiny(folder, family):
+    make_bundle(folder / "bundle", family)
     make_adapter(folder / "adapter", folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(bundle folder, adapter folder) of random weights."""
+    folder = made_once("tiny", lambda folder: make_tiny(folder, "flux"))
     return folder / "bundle", folder / "adapter"
 
 
 @pytest.fixture(scope="session")
-def tiny2(tmp_path_factory):
+def tiny2():
     """The same of the second family."""
-    folder = tmp_path_factory.mktemp("tiny2")
-    make_bundle(folder / "bundle", "flux2")
-    make_adapter(folder / "adapter", folder / "bundle")
+    folder = made_once("tiny2", lambda folder: make_tiny(folder, "flux2"))
     return folder / "bundle", folder / "adapter"
 
 

@@ -1,14 +1,15 @@
 """What runs of the trainer share."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.runtime.sharding import MeshConfig
+from tests.conftest import made_once
 from tests.train.runs import fixed, tiny_recipe, without_overview, words
 from train.loop import train
 from train.main import main
@@ -17,16 +18,18 @@ from train.run import Run
 from train.step import Features
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """The environment of a run: a cache with the photographs, and one for compiled programs."""
-    cache = tmp_path_factory.mktemp("cache")
+def prepared(cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        prepare_photographs()
+        return prepare_photographs()
+
+
+@pytest.fixture(scope="session")
+def home():
+    """The environment of a run: a cache with the photographs, and one for compiled programs."""
     return dict(
-        XDG_CACHE_HOME=str(cache),
-        JAX_COMPILATION_CACHE_DIR=str(cache / "compiled"),
+        XDG_CACHE_HOME=str(made_once("cache", prepared)),
+        JAX_COMPILATION_CACHE_DIR=os.environ["JAX_COMPILATION_CACHE_DIR"],
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_NUM_CPU_DEVICES="1",
     )
@@ -35,24 +38,17 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def photographs(home):
     """The folder of the dataset."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", home["XDG_CACHE_HOME"])
-        return prepare_photographs()
+    return prepared(home["XDG_CACHE_HOME"])
 
 
 @pytest.fixture(scope="package", autouse=True)
-def compiled(home):
-    """Programs compiled by one test, or by a child, are read by the next."""
-    settings = dict(
-        jax_compilation_cache_dir=home["JAX_COMPILATION_CACHE_DIR"], jax_persistent_cache_min_compile_time_secs=0.0
-    )
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
+def compiled():
+    """Programs compiled by one test, or by a child, are read by the next, however small."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0.0)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture

@@ -79,11 +79,14 @@ def eight(home, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def one(trainer, tmp_path):
+@pytest.fixture(scope="module")
+def one(home, tmp_path_factory):
     """The folder of the same run on one device, in this process."""
-    assert trainer(words(tmp_path / "one", *FOUR_STEPS))[0] == 0
-    return tmp_path / "one"
+    folder = tmp_path_factory.mktemp("one") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", home["XDG_CACHE_HOME"])
+        assert run_cli(main, [str(word) for word in words(folder, *FOUR_STEPS)]) == 0
+    return folder
 
 
 def assert_close(run, other, step):
@@ -115,11 +118,12 @@ def test_weights_and_optimizer_state_are_split(eight, mesh):
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_with_one(trainer, one, eight, tmp_path):
-    shutil.copytree(eight / "2x2x2", tmp_path / "moved")
     six = ("--batch", 8, "--steps", 6, "--resume")
-    for run in (one, tmp_path / "moved"):
+    runs = tmp_path / "moved", tmp_path / "stayed"
+    for run, of in zip(runs, (eight / "2x2x2", one), strict=True):
+        shutil.copytree(of, run)
         assert trainer(words(run, *six))[0] == 0
-    assert_close(tmp_path / "moved", one, 6)
+    assert_close(*runs, 6)
 
 
 def free_port():
