@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -62,17 +64,25 @@ def fresh_params(config: TrainConfig, constants: Constants, *, boxed: bool = Fal
     return params
 
 
+def first_state(config: TrainConfig, constants: Constants, boxed: bool = False) -> TrainState:
+    """The state before the first step; `boxed`: see `fresh_params`."""
+    return init_state(config.optim, fresh_params(config, constants, boxed=boxed), constants.matrices)
+
+
+@lru_cache(maxsize=8)
+def _abstract_boxed(config: TrainConfig, constants: Constants) -> TrainState:
+    """Kept: to find the shapes of a network's parameters is to trace all of it."""
+    return jax.eval_shape(lambda: first_state(config, constants, boxed=True))
+
+
 def state_shardings(config: TrainConfig, constants: Constants, mesh: Mesh) -> TrainState:
     """Where each array of the state lies."""
-    boxed = jax.eval_shape(
-        lambda: init_state(config.optim, fresh_params(config, constants, boxed=True), constants.matrices)
-    )
-    return shardings(boxed, mesh)
+    return shardings(_abstract_boxed(config, constants), mesh)
 
 
 def abstract_state(config: TrainConfig, constants: Constants, places: Any) -> TrainState:
     """Shapes and dtypes of the state, with the shardings `places`: a tree of them, or one for all."""
-    shapes = jax.eval_shape(lambda: init_state(config.optim, fresh_params(config, constants), constants.matrices))
+    shapes = nn.meta.unbox(_abstract_boxed(config, constants))
     if not isinstance(places, TrainState):
         places = jax.tree.map(lambda _: places, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
@@ -81,9 +91,7 @@ def abstract_state(config: TrainConfig, constants: Constants, places: Any) -> Tr
 def fresh_state(config: TrainConfig, constants: Constants, places: TrainState, base: Any = None) -> TrainState:
     """The state before the first step, made sharded: no parameter is ever whole on one device. `base`: the transformer to start
     from, in place of a fresh one."""
-    state = jax.jit(
-        lambda: init_state(config.optim, fresh_params(config, constants), constants.matrices), out_shardings=places
-    )()
+    state = jax.jit(first_state, static_argnums=(0, 1), out_shardings=places)(config, constants)
     return state if base is None else started_from(state, transformer=base)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -152,4 +153,10 @@ def abstract_adapter_params(
     config: DynaIPConfig, compute: Compute = Compute(), *, boxed: bool = False
 ) -> dict[str, Any]:
     """Shapes and dtypes of the adapter's parameters, nothing allocated; `boxed`: see `init_adapter_params`."""
-    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0), compute, boxed=boxed))
+    params = _abstract_boxed(config, compute)
+    return jax.tree.map(lambda x: x, params) if boxed else nn.meta.unbox(params)
+
+
+@lru_cache(maxsize=64)
+def _abstract_boxed(config: DynaIPConfig, compute: Compute) -> dict[str, Any]:
+    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0), compute, boxed=True))

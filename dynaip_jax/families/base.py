@@ -11,6 +11,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -51,7 +52,13 @@ class Component(NamedTuple):
 
     def abstract(self, config: Any) -> dict[str, Any]:
         """The nested tree of shapes and dtypes of its parameters at the sizes of `config`, float32, nothing allocated."""
-        return nn.meta.unbox(jax.eval_shape(lambda: self.init(self.module(config), jax.random.key(0))))
+        return nn.meta.unbox(_abstract_boxed(self, self.module(config)))
+
+
+@lru_cache(maxsize=64)
+def _abstract_boxed(component: Component, network: Any) -> dict[str, Any]:
+    """Kept: to find the shapes of a network's parameters is to trace all of it."""
+    return jax.eval_shape(lambda: component.init(network, jax.random.key(0)))
 
 
 class Matrices(NamedTuple):
@@ -137,7 +144,8 @@ class Family(abc.ABC):
 
     def abstract_params(self, name: str, *, boxed: bool = False) -> dict[str, Any]:
         """The nested tree of shapes and dtypes of a component's parameters, nothing allocated; `boxed`: see `init_params`."""
-        return jax.eval_shape(lambda: self.init_params(name, jax.random.key(0), boxed=boxed))
+        parameters = _abstract_boxed(self.components[name], self.module(name))
+        return jax.tree.map(lambda x: x, parameters) if boxed else nn.meta.unbox(parameters)
 
     def with_compute(self, name: str, **changes: Any) -> Family:
         """The same, with a component computed otherwise."""
