@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from dynaip_jax.layers.compute import REMAT_POLICIES
 
-LECUN = nn.initializers.lecun_normal()
+LECUN, SMALL = nn.initializers.lecun_normal(), nn.initializers.normal(0.02)
 
 
 def parameter(
@@ -30,7 +30,40 @@ def parameter(
     dtype: DTypeLike,
 ) -> jax.Array:
     """A parameter of `module` with logical `axes`."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # type: ignore[return-value]
+    given = _given(module, name, shape)
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype) if given is None else given  # type: ignore[return-value]
+
+
+def _given(module: nn.Module, name: str, shape: Sequence[int]) -> jax.Array | None:
+    """A parameter that has its value already; None if it has none of this `shape`. Flax itself would trace the initializer to compare
+    shapes, in each call: half of the time that tracing a model takes."""
+    value = nn.meta.unbox(module.get_variable("params", name))
+    return value if value is not None and jnp.shape(value) == tuple(shape) else None
+
+
+class _Given(nn.Module):
+    """Takes its parameters as `parameter` does."""
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Any, *args: Any, **options: Any) -> Any:
+        given = None if options else _given(self, name, args[0])
+        return super().param(name, init_fn, *args, **options) if given is None else given
+
+
+class DenseGeneral(_Given, nn.DenseGeneral):
+    """Flax's."""
+
+
+class Conv(_Given, nn.Conv):
+    """Flax's."""
+
+
+class GroupNorm(_Given, nn.GroupNorm):
+    """Flax's."""
+
+
+class Embed(_Given, nn.Embed):
+    """Flax's."""
 
 
 def linear(
@@ -43,10 +76,10 @@ def linear(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     kernel_init: Initializer = LECUN,
-) -> nn.DenseGeneral:
+) -> DenseGeneral:
     """A `DenseGeneral` whose kernel carries the logical `axes` (input axes, then output axes); the bias the last ones."""
     outputs = 1 if isinstance(features, int) else len(features)
-    return nn.DenseGeneral(
+    return DenseGeneral(
         features=features if isinstance(features, int) else tuple(features),
         axis=axis if isinstance(axis, int) else tuple(axis),
         use_bias=use_bias,
@@ -93,10 +126,10 @@ class LayerNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-def embedding(num: int, features: int, *, name: str, dtype: DTypeLike, param_dtype: DTypeLike) -> nn.Embed:
+def embedding(num: int, features: int, *, name: str, dtype: DTypeLike, param_dtype: DTypeLike) -> Embed:
     """A lookup table `[num, features]` with logical axes ("vocab", "embed")."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-    return nn.Embed(num, features, dtype=dtype, param_dtype=param_dtype, embedding_init=init, name=name)
+    init = nn.with_logical_partitioning(SMALL, ("vocab", "embed"))
+    return Embed(num, features, dtype=dtype, param_dtype=param_dtype, embedding_init=init, name=name)
 
 
 def scanned(block: type[nn.Module], length: int, *, remat: str, in_axes: tuple = (), out_axes: Any = 0):

@@ -18,7 +18,7 @@ import numpy as np
 from dynaip_jax import schema
 from dynaip_jax.errors import UserError
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import LayerNorm, embedding, linear, scanned
+from dynaip_jax.layers.basic import SMALL, Conv, DenseGeneral, LayerNorm, embedding, linear, parameter, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.hf import config_from_hf
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
@@ -263,7 +263,7 @@ def _tower(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return part
 
 
-def _linear(p: Compute, features, axes, name: str, axis=-1) -> nn.DenseGeneral:
+def _linear(p: Compute, features, axes, name: str, axis=-1) -> DenseGeneral:
     return linear(features, axes, name=name, axis=axis, **p.dtypes)
 
 
@@ -274,15 +274,14 @@ def _norm(c: _TowerConfig, p: Compute, name: str) -> LayerNorm:
 def _table(module: nn.Module, name: str, rows: int, width: int) -> jax.Array:
     """A parameter `[rows, width]` with a row for each position, in the compute dtype."""
     p = module.compute  # type: ignore[attr-defined]
-    init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-    return module.param(name, init, (rows, width), p.param_dtype).astype(p.dtype)
+    return parameter(module, name, SMALL, (None, "embed"), (rows, width), p.param_dtype).astype(p.dtype)
 
 
-def _patches(c: CLIPVisionConfig, p: Compute) -> nn.Conv:
+def _patches(c: CLIPVisionConfig, p: Compute) -> Conv:
     """Pixels `[b, H, W, 3]` -> one vector for each patch `[b, rows, columns, c]`."""
     size = (c.patch_size, c.patch_size)
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "channels", "embed"))
-    return nn.Conv(
+    return Conv(
         c.hidden_size, size, strides=size, padding="VALID", use_bias=False, **p.dtypes,
         kernel_init=init, name="patch_embedding",
     )  # fmt: skip
@@ -291,7 +290,6 @@ def _patches(c: CLIPVisionConfig, p: Compute) -> nn.Conv:
 def _with_class_token(module: nn.Module, patches: jax.Array) -> jax.Array:
     """Patches `[b, rows, columns, c]` as rows `[b, m, c]` behind the learned class token."""
     p, width = module.compute, patches.shape[-1]  # type: ignore[attr-defined]
-    init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
-    token = module.param("class_embedding", init, (width,), p.param_dtype).astype(p.dtype)
+    token = parameter(module, "class_embedding", SMALL, ("embed",), (width,), p.param_dtype).astype(p.dtype)
     rows = patches.reshape(patches.shape[0], -1, width)
     return jnp.concatenate([jnp.broadcast_to(token, (rows.shape[0], 1, width)), rows], axis=1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.basic import LayerNorm, RMSNorm, linear, scanned
+from dynaip_jax.layers.basic import DenseGeneral, LayerNorm, RMSNorm, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
 from dynaip_jax.layers.positions import rope_table, timestep_embedding
@@ -346,7 +346,7 @@ def _split(x: jax.Array | None, text_rows: int) -> tuple[jax.Array | None, jax.A
     return (None, None) if x is None else (x[:, :text_rows], x[:, text_rows:])
 
 
-def _attn_out(c: FluxConfig, p: Compute, name: str, use_bias: bool = True) -> nn.DenseGeneral:
+def _attn_out(c: FluxConfig, p: Compute, name: str, use_bias: bool = True) -> DenseGeneral:
     """The projection of attention heads `[b, n, h, d]` back to the model width."""
     axes = ("heads", "head_dim", "embed")
     return linear(c.hidden_size, axes, name=name, axis=(-2, -1), use_bias=use_bias, **p.dtypes)

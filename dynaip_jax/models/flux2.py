@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.basic import RMSNorm, linear, scanned
+from dynaip_jax.layers.basic import DenseGeneral, RMSNorm, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
 from dynaip_jax.layers.positions import rope_table, timestep_embedding
@@ -353,11 +353,11 @@ def _gated(c: Flux2Config, p: Compute, name: str, x: jax.Array) -> jax.Array:
     return nn.silu(both[:, :, 0]) * both[:, :, 1]
 
 
-def _mlp_out(c: Flux2Config, p: Compute, name: str) -> nn.DenseGeneral:
+def _mlp_out(c: Flux2Config, p: Compute, name: str) -> DenseGeneral:
     return linear(c.hidden_size, ("mlp", "embed"), name=name, use_bias=False, **p.dtypes)
 
 
-def _attn_out(c: Flux2Config, p: Compute, name: str) -> nn.DenseGeneral:
+def _attn_out(c: Flux2Config, p: Compute, name: str) -> DenseGeneral:
     """The projection of attention heads `[b, n, h, d]` back to the model width."""
     axes = ("heads", "head_dim", "embed")
     return linear(c.hidden_size, axes, name=name, axis=(-2, -1), use_bias=False, **p.dtypes)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from dynaip_jax import schema
 from dynaip_jax.errors import UserError, shortened
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import RMSNorm, embedding, linear, scanned
+from dynaip_jax.layers.basic import DenseGeneral, RMSNorm, embedding, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.positions import rope_table
 from dynaip_jax.models.hf import config_from_hf
@@ -183,9 +183,9 @@ def _norm(c: Qwen3Config, p: Compute, name: str, axis: str | None) -> RMSNorm:
     return RMSNorm(eps=c.rms_norm_eps, axis_name=axis, param_dtype=p.param_dtype, name=name)
 
 
-def _heads(p: Compute, heads: int, c: Qwen3Config, name: str) -> nn.DenseGeneral:
+def _heads(p: Compute, heads: int, c: Qwen3Config, name: str) -> DenseGeneral:
     return _linear(p, (heads, c.head_dim), ("embed", "heads", "head_dim"), name)
 
 
-def _linear(p: Compute, features, axes, name: str, axis=-1) -> nn.DenseGeneral:
+def _linear(p: Compute, features, axes, name: str, axis=-1) -> DenseGeneral:
     return linear(features, axes, name=name, axis=axis, use_bias=False, **p.dtypes)

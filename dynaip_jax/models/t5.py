@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from dynaip_jax import schema
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import RMSNorm, embedding, linear, scanned
+from dynaip_jax.layers.basic import SMALL, DenseGeneral, RMSNorm, embedding, linear, parameter, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.hf import config_from_hf
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
@@ -122,9 +122,8 @@ class T5Encoder(nn.Module):
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         c, p = self.config, self.compute
         x = embedding(c.vocab_size, c.d_model, name="shared", **p.dtypes)(input_ids)
-        init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "heads"))
         shape = (c.relative_attention_num_buckets, c.num_heads)
-        table = self.param("relative_attention_bias", init, shape, p.param_dtype)
+        table = parameter(self, "relative_attention_bias", SMALL, (None, "heads"), shape, p.param_dtype)
         rows = relative_position_bucket(input_ids.shape[1], shape[0], c.relative_attention_max_distance)
         bias = jnp.moveaxis(table.astype(jnp.float32)[rows], -1, 0)[None]
 
@@ -142,6 +141,6 @@ def _norm(c: T5Config, p: Compute, name: str) -> RMSNorm:
     return RMSNorm(eps=c.layer_norm_epsilon, axis_name="embed", param_dtype=p.param_dtype, name=name)
 
 
-def _linear(p: Compute, features, axes, name: str, axis=-1, dtype: DTypeLike | None = None) -> nn.DenseGeneral:
+def _linear(p: Compute, features, axes, name: str, axis=-1, dtype: DTypeLike | None = None) -> DenseGeneral:
     dtype = p.dtype if dtype is None else dtype
     return linear(features, axes, name=name, axis=axis, use_bias=False, dtype=dtype, param_dtype=p.param_dtype)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import linear
+from dynaip_jax.layers.basic import Conv, DenseGeneral, GroupNorm, linear
 from dynaip_jax.layers.compute import REMAT_POLICIES, Compute
 from dynaip_jax.runtime.sharding import PICTURES, constrain
 
@@ -125,7 +125,7 @@ class AttentionBlock(nn.Module):
         p = self.compute
         b, h, w, width = x.shape
 
-        def project(name: str) -> nn.DenseGeneral:
+        def project(name: str) -> DenseGeneral:
             return linear(width, ("conv_in", "conv_out"), name=name, **p.dtypes)
 
         rows = _norm(p, "norm")(x).reshape(b, h * w, width)
@@ -266,8 +266,8 @@ def _conv(
     *,
     strides: int = 1,
     padding: str | Sequence[tuple[int, int]] = "SAME",
-) -> nn.Conv:
-    return nn.Conv(
+) -> Conv:
+    return Conv(
         width,
         (size, size),
         strides=strides,
@@ -285,9 +285,9 @@ def _with_whole_kernel(x: jax.Array, kernel: jax.Array, *args: Any, **options: A
     return jax.lax.conv_general_dilated(x, constrain(kernel, *[None] * kernel.ndim), *args, **options)
 
 
-def _norm(p: Compute, name: str) -> nn.GroupNorm:
+def _norm(p: Compute, name: str) -> GroupNorm:
     """GroupNorm, eps 1e-6; mean and variance in float32, the variance in two passes."""
-    return nn.GroupNorm(
+    return GroupNorm(
         NORM_GROUPS,
         epsilon=1e-6,
         use_fast_variance=False,

@@ -180,9 +180,7 @@ def _index(index: AnyPath) -> dict[str, str]:
             if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
                 raise ValueError(f"weight_map names {file!r}, no .safetensors file beside it")
     except (OSError, ValueError) as e:
-        raise UserError(
-            f"{index}: not a safetensors index ({reason(e)}); {advice}"
-        ) from e
+        raise UserError(f"{index}: not a safetensors index ({reason(e)}); {advice}") from e
     return names
 
 

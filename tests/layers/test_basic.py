@@ -1,0 +1,50 @@
+"""Layers that all models share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
+
+from dynaip_jax.layers.basic import Conv, DenseGeneral, Embed, GroupNorm, parameter
+
+
+class Table(nn.Module):
+    table_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x):
+        return x + parameter(self, "table", self.table_init, ("embed",), x.shape[-1:], jnp.float32)
+
+
+LAYERS = {
+    "table": (lambda init: Table(init), "table"),
+    "dense": (lambda init: DenseGeneral((2, 3), kernel_init=init), "kernel"),
+    "conv": (lambda init: Conv(8, (3, 3), kernel_init=init), "kernel"),
+    "norm": (lambda init: GroupNorm(2, scale_init=lambda *args: init(*args)), "scale"),
+    "embed": (lambda init: Embed(7, 8, embedding_init=init), "embedding"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_given_parameter_is_taken_by_its_shape_alone(name):
+    """No initializer is run for it; one of another shape, or none, is Flax's error as ever."""
+    make, leaf = LAYERS[name]
+    inits = 0
+
+    def init(key, shape, dtype=jnp.float32):
+        nonlocal inits
+        inits += 1
+        return jax.random.normal(key, shape, dtype)
+
+    layer, x = make(init), jnp.ones((3, 4), int) if name == "embed" else jnp.ones((1, 4, 4, 8))
+    given = layer.init(jax.random.key(0), x)
+    made = inits
+    assert made
+    layer.apply(given, x)
+    assert inits == made
+    other = given["params"] | {leaf: jnp.ones((1,))}
+    with pytest.raises(ScopeParamShapeError):
+        layer.apply({"params": other}, x)
+    with pytest.raises(ScopeParamNotFoundError):
+        layer.apply({"params": {"another": jnp.ones(1)}}, x)
