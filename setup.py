@@ -48,7 +48,7 @@ setup(
         "tokenizers",
         "jaxtyping",
         "tqdm",
-        "tensorboardX",
+        "tensorboard",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10,<0.12"],

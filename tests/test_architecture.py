@@ -52,7 +52,7 @@ LAZY = (
     "matplotlib",
     "scipy",
     "tqdm",
-    "tensorboardX",
+    "tensorboard",
     "qwix",
     "tyro",
 )

@@ -67,7 +67,7 @@ def assembled(
 def check_imports() -> None:
     """Raises `UserError` if a package is missing that is imported late."""
     try:
-        import tensorboardX.record_writer  # noqa: F401
+        import tensorboard.compat.proto.event_pb2  # noqa: F401
         import tensorflow_datasets  # noqa: F401
     except ImportError as e:
         raise UserError(

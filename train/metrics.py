@@ -157,11 +157,11 @@ class GrowingFile:
 class Board:
     """TensorBoard events in `folder`; those of step `start` and later, of before a kill, are marked as void.
 
-    The records are framed here: tensorboardX would write them in a thread, and into a bucket through a library of its own.
+    The records are framed here: TensorBoard's own writer has a thread for them, and reaches a bucket through a library of its own.
     """
 
     def __init__(self, folder: epath.Path, start: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
@@ -171,15 +171,15 @@ class Board:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Scalars of `step` by name."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
         summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
         self._event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _event(self, event: Any) -> None:
         """A TFRecord: length, its checksum, data, their checksum."""
-        from tensorboardX.record_writer import masked_crc32c
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))

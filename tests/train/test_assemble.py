@@ -18,11 +18,11 @@ def test_query_and_merge_reach_adapter_and_transformer(config):
 
 
 def test_a_missing_package_is_told_before_the_folder_is_touched(trainer, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX.record_writer", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     refused(
         trainer,
         words(tmp_path / "run"),
-        "training needs tensorboardX, which is not installed; pip install -e .",
+        "training needs tensorboard, which is not installed; pip install -e .",
     )
     assert not (tmp_path / "run").exists()
 

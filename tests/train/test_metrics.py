@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from tests.train.runs import losses
 from train import run as run_
@@ -25,16 +26,12 @@ FIGURES = dict(images_per_second=1.0, data_wait=0.0, mfu=None)
 
 
 def events(folder):
-    """The events of every file in `folder`, checksums checked."""
+    """The events of every file in `folder`, as TensorBoard reads them: checksums checked."""
     for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            record = data[12 : 12 + size]
-            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
-            assert int.from_bytes(data[12 + size : 16 + size], "little") == masked_crc32c(record)
-            yield Event.FromString(record)
-            data = data[16 + size :]
+        with tempfile.TemporaryDirectory() as copies:
+            copy = Path(copies, path.name)
+            copy.write_bytes(path.read_bytes())
+            yield from LegacyEventFileLoader(str(copy)).Load()
 
 
 def write_two(workdir, start=0):
