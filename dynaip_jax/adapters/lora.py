@@ -86,7 +86,7 @@ class Change:
         return self.has("set") or self.has("magnitude") or any(part.known(self) for part in DELTAS)
 
     def _decomposed(self, new: np.ndarray) -> np.ndarray:
-        magnitude = self.get("magnitude", *self.read(self.tensors["magnitude"]).shape)
+        magnitude = self.get("magnitude")
         of_inputs = magnitude.ndim == 2 and magnitude.shape[0] == 1
         norm = np.linalg.norm(new, axis=0 if of_inputs else 1, keepdims=True)
         return new * (magnitude.reshape(norm.shape) / np.maximum(norm, np.finfo(np.float32).tiny))

@@ -242,3 +242,17 @@ def test_weights_that_outgrow_their_numbers_are_told(base, params):
         file.tensors[f"{KEY}.lora_{half}.weight"] *= np.float32(1e25)
     with pytest.raises(UserError, match="makes weights that are not finite at scale 1; pass a smaller scale"):
         merged(params, file)
+
+
+def test_magnitudes_as_of_convolutions_and_numbers_beyond_floats(base, params):
+    plain, wide = (FILES["DoRA of inputs"](base) for _ in range(2))
+    for name in [name for name in wide.tensors if "magnitude" in name or "dora_scale" in name]:
+        wide.tensors[name] = np.reshape(wide.tensors[name], (*np.shape(wide.tensors[name]), 1, 1))
+    one, other = (flatten_dict(merged(params, file), sep="/") for file in (plain, wide))
+    assert all(np.array_equal(one[leaf], other[leaf]) for leaf in one)
+    file = FILES["diffusers, header"](base)
+    huge = {"transformer.lora_alpha": 10**400, "transformer.alpha_pattern": {}}
+    header = json.loads(file.metadata["lora_adapter_metadata"]) | huge
+    file.metadata.update(lora_adapter_metadata=json.dumps(header))
+    with pytest.raises(UserError, match=r"lora_alpha in its header is 1000.*; expected a finite number"):
+        changes_of(file)

@@ -18,6 +18,7 @@ from tests.tools.test_convert import HEAD, convert, random_tensors
 from tests.tools.test_strictness import source  # noqa: F401  (a fixture)
 from tools.convert_torch_weights import clip, clip_files, flux, hub, opening, quantised, t5
 from tools.convert_torch_weights.flux_layout import LAYOUT, single
+from tools.convert_torch_weights.gguf_file import GGUFFile
 from tools.convert_torch_weights.sources import Sources
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
@@ -324,3 +325,24 @@ def test_quantised_weights_are_bfloat16_unless_asked_otherwise(tmp_path, bfl):
     assert convert("--source", tmp_path / "f.safetensors", "--out", tmp_path / "b") == 0
     entry = Bundle.open(tmp_path / "b", ("flux",)).manifest["components"]["transformer"]
     assert entry["dtype"] == "bfloat16" and quantised.KEPT == ml_dtypes.bfloat16
+
+
+def test_gguf_tensors_of_nothing_and_rows_of_others(tmp_path):
+    import gguf
+
+    rows = np.arange(256, dtype=np.float32).reshape(4, 64)
+    writer = gguf.GGUFWriter(path=tmp_path / "w.gguf", arch="flux")
+    writer.add_tensor("none", np.zeros((3, 0), np.float32))
+    writer.add_tensor(
+        "q", gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0
+    )
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    file = GGUFFile(tmp_path / "w.gguf")
+    assert file["none"].shape == (3, 0) and file.part("none", (slice(1, 3),)).shape == (2, 0)
+    np.testing.assert_allclose(file.part("q", (slice(1, 3),)), rows[1:3], rtol=0.02)

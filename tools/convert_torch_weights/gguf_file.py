@@ -87,7 +87,10 @@ class GGUFFile(Mapping[str, np.ndarray]):
                 raise UserError(
                     f"{name} is quantised as {t.tensor_type.name}; expected a kind that the package gguf reads; use another file"
                 ) from e
-        return values.reshape(-1, *shape[1:]) if shape else values.reshape(())
+        if not shape:
+            return values.reshape(())
+        count = len(range(*index[0].indices(shape[0]))) if index else shape[0]
+        return values.reshape(count, *shape[1:])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
