@@ -54,7 +54,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "train": [],  # what training needs is always installed; older instructions name it
-        "gcs": ["gcsfs"],
+        "gcs": ["gcsfs", "google-cloud-storage"],
         "quantized": ["qwix>=0.1.8"],
         "plot": ["matplotlib>=3.9"],
         "convert": ["gguf>=0.17", "torch"],  # the converter reads GGUF files, and pickles, by them

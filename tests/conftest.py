@@ -48,7 +48,7 @@ from dynaip_jax import tasks  # noqa: E402
 from dynaip_jax.app import main as cli  # noqa: E402
 from dynaip_jax.commandline import run_cli  # noqa: E402
 from dynaip_jax.testing import make_adapter, make_bundle  # noqa: E402
-from tests.fake_bucket import fake_bucket  # noqa: E402
+from tests.fake_bucket import fake_bucket, served  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MAPS = 25_000  # a module takes up to 14,000
@@ -119,6 +119,13 @@ def photograph(tmp_path_factory):
 def bucket():
     """The address of an empty bucket in memory, "gs://...": what storage reads and writes through etils.epath."""
     with fake_bucket() as address:
+        yield address
+
+
+@pytest.fixture
+def served_bucket():
+    """The same, which tensorstore reads and writes too."""
+    with fake_bucket() as address, served():
         yield address
 
 

@@ -207,7 +207,14 @@ PACKAGE_OF = {
     "tensorflow_datasets": "tensorflow-datasets",
 }
 NOT_IMPORTED = {"importlib_resources", "jinja2", "sentencepiece", "protobuf"}  # needed by others, as setup.py says
-OPTIONAL = {"gguf", "matplotlib", "qwix", "skimage", "torch"}  # of an extra, or asked for where they are needed
+OPTIONAL = {
+    "gguf",
+    "google",
+    "matplotlib",
+    "qwix",
+    "skimage",
+    "torch",
+}  # of an extra, or asked for where they are needed
 
 
 def test_what_is_imported_is_declared_and_the_reverse():

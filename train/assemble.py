@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import jax
@@ -39,7 +40,7 @@ def assembled(
 
     Raises `UserError` for a config, base, data or folder that do not go together, before the folder is touched.
     """
-    check_imports()
+    check_imports(workdir)
     run = Run(config, workdir)
     with contextlib.ExitStack() as claimed, contextlib.closing(run):
         check_config(config, resume=resume, overwrite=overwrite, resume_from=resume_from, workdir=run.workdir.name)
@@ -64,7 +65,7 @@ def assembled(
         yield run
 
 
-def check_imports() -> None:
+def check_imports(workdir: epath.PathLike) -> None:
     """Raises `UserError` if a package is missing that is imported late."""
     try:
         import tensorboard.compat.proto.event_pb2  # noqa: F401
@@ -73,6 +74,14 @@ def check_imports() -> None:
         raise UserError(
             f"training needs {(e.name or str(e)).partition('.')[0]}, which is not installed; pip install -e . in the checkout"
         ) from e
+    if os.fspath(workdir).startswith("gs://"):
+        try:
+            from google.cloud import storage  # noqa: F401  (Orbax asks it whether the bucket has folders)
+        except ImportError as e:
+            raise UserError(
+                f"`workdir` {workdir}: checkpoints in a bucket need google-cloud-storage, which is not installed; pip install "
+                "google-cloud-storage"
+            ) from e
 
 
 def shipped(run: Run) -> list[Due]:

@@ -1,13 +1,13 @@
 """Checkpoints of a run: trained weights, their average, optimizer, step and data position, in `WORKDIR/checkpoints`.
 
-Written by Orbax in the background, with checksums, and renamed when whole, so that a killed run leaves the previous ones as they were.
+Written by Orbax in the background, with checksums, and renamed when whole, so that a killed run leaves the previous ones as they were. In a
+bucket, which renames nothing, a file that is written last ends each checkpoint, and is removed first.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.bundle import is_late
-from dynaip_jax.storage.folders import is_bucket
+from dynaip_jax.storage.folders import absolute, as_path, is_bucket
 from train.checksums import damage, write_checksums
 from train.state import TrainState
-from train.workdir import CHECKPOINTS, disk_errors, steps_in
-
-DISCARDED = "discarded"  # what is no longer kept is moved here in one step and then deleted, so that a kill leaves no half checkpoint
+from train.stopping import barrier
+from train.workdir import CHECKPOINTS, DISCARDED, disk_errors, remove_checkpoint, steps_in
 
 
 def _of_use(record: logging.LogRecord) -> bool:
@@ -44,18 +43,20 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.workdir, self._reading = epath.Path(workdir), reading
-        self._folder, self._saving = (self.workdir / CHECKPOINTS).absolute(), 0
+        self.workdir, self._reading, self._keep = epath.Path(workdir), reading, keep
+        self._folder, self._saving = epath.Path(absolute(self.workdir / CHECKPOINTS)), 0
         options = ocp.CheckpointManagerOptions(
             create=not reading,
             cleanup_tmp_directories=not reading,
-            todelete_subdir=DISCARDED,  # Orbax: not in buckets
+            todelete_subdir=DISCARDED,  # moved in one step, then deleted; Orbax: not in buckets
             lightweight_initialize=reading,  # figures are read when they are asked for
             best_fn=lambda metrics: metrics["loss"],
             best_mode="min",
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=policies.PreserveAll()
+            if is_bucket(workdir)
+            else policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
         for step in () if reading else steps_in(workdir):
             self.mean_loss(step)
@@ -106,8 +107,8 @@ class Checkpoints:
         Mesh and number of processes may be others than when it was saved. Raises `UserError` if it is damaged.
         """
         args: dict[str, Any] = dict(state=ocp.args.StandardRestore(target._asdict()), data=ocp.args.JsonRestore())
-        if not is_bucket(self.workdir) and jax.process_index() == 0:  # one reads for all
-            if found := damage(Path(os.fspath(self._folder / str(step)))):
+        if jax.process_index() == 0:  # one reads for all
+            if found := damage(as_path(self._folder / str(step))):
                 raise self._damaged(step, found)
         try:
             saved = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -133,15 +134,32 @@ class Checkpoints:
         return UserError(f"{self.workdir / CHECKPOINTS / str(step)}: {found}; expected a whole checkpoint; {remedy}")
 
     def _sum_up(self) -> None:
-        """Called, in the first process, when a checkpoint is written and not yet renamed."""
-        if not is_bucket(self._folder):
-            for folder in Path(os.fspath(self._folder)).glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                write_checksums(folder)
+        """Called, in the first process, when a checkpoint is written and not yet renamed, or marked as whole."""
+        folder = as_path(self._folder)
+        if not isinstance(folder, Path):
+            write_checksums(folder / str(self._saving))
+            return
+        for unnamed in folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            write_checksums(unnamed)
 
     def _discard(self) -> None:
-        discarded = self._folder / DISCARDED
-        if not self._reading and jax.process_index() == 0 and discarded.exists():
+        if self._reading:
+            return
+        if is_bucket(self._folder):
+            self._discard_in_bucket()
+        elif jax.process_index() == 0 and (discarded := self._folder / DISCARDED).exists():
             discarded.rmtree()
+
+    def _discard_in_bucket(self) -> None:
+        """Deletes what is no longer kept; Orbax would do it file by file, so that a kill leaves half a checkpoint that looks complete."""
+        steps = self.steps()
+        surplus = set(steps[: -self._keep]) - {self.best()}
+        if surplus:
+            barrier("all know what is no longer kept")
+            for step in surplus if jax.process_index() == 0 else ():
+                remove_checkpoint(self._folder / str(step))
+            barrier("it is gone")
+            self._manager.reload()
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
@@ -154,7 +172,8 @@ class Checkpoints:
         try:
             with disk_errors(self.workdir):
                 self._manager.close()
-                self._discard()
+                if not is_bucket(self._folder):  # there others would be waited for, which may have failed
+                    self._discard()
         finally:
             sys.unraisablehook = self._unraisable
 

@@ -19,10 +19,11 @@ from dynaip_jax.storage.codec import from_dict, to_dict
 from dynaip_jax.storage.folders import copy_tree, is_bucket
 from dynaip_jax.storage.locks import hold, hold_in_bucket, holder_of
 from dynaip_jax.storage.renames import partials, write_new
+from train.checksums import COMMITTED
 from train.config import TrainConfig, differing
 
 RUN_FILE, LOCK = "run.json", "trainer.lock"
-CHECKPOINTS, SET_ASIDE = "checkpoints", "set_aside"
+CHECKPOINTS, SET_ASIDE, DISCARDED = "checkpoints", "set_aside", "discarded"
 FULL_DISK = (
     "No space left",
     "RESOURCE_EXHAUSTED: Error writing",
@@ -116,8 +117,10 @@ def claim_workdir(
     run = workdir / RUN_FILE
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _discard_checkpoints(workdir)
         for path in workdir.iterdir():
-            if overwrite and path.name not in (RUN_FILE, LOCK):
+            if path.name == DISCARDED or (overwrite and path.name not in (RUN_FILE, LOCK)):
                 path.rmtree() if path.is_dir() and not os.path.islink(path) else path.unlink()
         if not is_bucket(workdir):
             for folder in (workdir, workdir / "samples", workdir / "tensorboard"):
@@ -125,6 +128,21 @@ def claim_workdir(
                     path.unlink()
         text = json.dumps(dict(identity) | dict(config=to_dict(config)), indent=2)
         write_whole(run, (text + "\n").encode())
+
+
+def _discard_checkpoints(workdir: epath.Path) -> None:
+    """Has the checkpoints of a run be none any more before they are deleted, so that a kill leaves none that looks complete."""
+    if is_bucket(workdir):
+        for step in steps_in(workdir):
+            (workdir / CHECKPOINTS / str(step) / COMMITTED).unlink()
+    elif (workdir / CHECKPOINTS).is_dir() and not (workdir / DISCARDED).exists():
+        (workdir / CHECKPOINTS).rename(workdir / DISCARDED)
+
+
+def remove_checkpoint(folder: epath.Path) -> None:
+    """Deletes a checkpoint in a bucket, which stops being one first."""
+    (folder / COMMITTED).unlink(missing_ok=True)
+    folder.rmtree(missing_ok=True)
 
 
 def holds_run(workdir: epath.PathLike) -> bool:
@@ -140,9 +158,11 @@ def read_identity(workdir: epath.PathLike) -> dict[str, str]:
 
 
 def steps_in(workdir: epath.PathLike) -> list[int]:
-    """Steps of the whole checkpoints in a run's folder, in order."""
+    """Steps of the whole checkpoints in a run's folder, in order. On a disk they get their names when they are whole; in a bucket a
+    file ends each."""
     folder = epath.Path(workdir) / CHECKPOINTS
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(int(path.name) for path in paths if not is_bucket(path) or (path / COMMITTED).is_file())
 
 
 def check_step(workdir: epath.PathLike, step: int) -> None:
@@ -168,8 +188,8 @@ def go_back(workdir: epath.PathLike, step: int) -> None:
         for other in later:
             source, target = workdir / CHECKPOINTS / str(other), aside / str(other)
             if is_bucket(workdir):
-                copy_tree(source, target)
-                source.rmtree()
+                copy_tree(source, target, last=(COMMITTED,))
+                remove_checkpoint(source)
             else:
                 source.rename(target)
     print(f"checkpoints after step {step} ({', '.join(map(str, later))}) are set aside in {aside}", file=sys.stderr)

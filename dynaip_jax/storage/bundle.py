@@ -23,7 +23,7 @@ from dynaip_jax import reading
 from dynaip_jax.errors import OutOfMemory, UserError, out_of_memory, reason
 from dynaip_jax.storage import checksums
 from dynaip_jax.storage.codec import from_dict
-from dynaip_jax.storage.folders import AnyPath, as_path, copy_file, copy_tree, replacing
+from dynaip_jax.storage.folders import AnyPath, absolute, as_path, copy_file, copy_tree, replacing
 from dynaip_jax.storage.manifest import BUNDLE_FILE, MANIFESTS, fingerprint, flatten, read_manifest, write_manifest
 from dynaip_jax.storage.pieces import Hashes, Journal, NewLeaf, write_leaves
 
@@ -154,7 +154,7 @@ class Bundle:
         _quiet()
         try:
             with ocp.StandardCheckpointer(**_plainly()) as checkpointer:
-                stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+                stored = checkpointer.metadata(absolute(folder)).item_metadata.tree
                 shapes = {k: tuple(v.shape) for k, v in flatten(stored).items()}
                 expected = {k: tuple(v.shape) for k, v in flatten(target).items()}
                 if shapes != expected:
@@ -163,7 +163,7 @@ class Bundle:
                         f"{folder}: weights do not fit the config in {BUNDLE_FILE}: {first}: found {shapes.get(first)}, "
                         f"expected {expected.get(first)}; {REMEDY}"
                     )
-                return checkpointer.restore(folder.absolute(), target)
+                return checkpointer.restore(absolute(folder), target)
         except UserError:
             raise
         except Exception as e:  # Orbax and TensorStore each raise their own

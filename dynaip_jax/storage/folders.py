@@ -28,6 +28,7 @@ from dynaip_jax.storage.renames import exchange, move_new, sync, sync_tree
 
 AnyPath: TypeAlias = Path | epath.Path
 BUCKETS = ("gs://", "s3://")
+UNFINISHED = ".dynaip-unfinished"  # in a folder of a bucket while it is written: what a kill leaves may be replaced
 
 
 def as_path(text: str | os.PathLike[str]) -> AnyPath:
@@ -86,6 +87,11 @@ def replacing(
             ) from e
 
 
+def absolute(path: AnyPath) -> AnyPath:
+    """`path` from the root of the disk. One in a bucket is that already; etils would look for it in the working folder."""
+    return path if is_bucket(path) else path.absolute()
+
+
 def wait_for_writer(path: Path) -> None:
     """Returns once no process writes the folder `path` by `replacing`."""
     while holder_of(_lock(_absolute(path))):
@@ -135,10 +141,10 @@ def reserve(path: Path) -> None:
             os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: AnyPath) -> str:
     """sha256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]  # files of buckets are buffered too
 
 
 def _check_client(text: str, scheme: str) -> None:
@@ -169,9 +175,13 @@ def _check_target(path: AnyPath, overwrite: bool, marks: Sequence[str], field: s
 
 
 def _may_go(path: AnyPath, marks: Sequence[str] = ()) -> bool:
-    """Whether `path` is a folder, no link to one, that is empty or holds a file of `marks`; if none are given, whatever it holds."""
-    if isinstance(path, Path) and (path.is_symlink() or not path.is_dir()):
-        return False
+    """Whether `path` is a folder, no link to one, that is empty or holds a file of `marks`, or that was left half written in a bucket;
+    if no marks are given, whatever it holds."""
+    if isinstance(path, Path):
+        if path.is_symlink() or not path.is_dir():
+            return False
+    else:
+        marks = (*marks, UNFINISHED) if marks else ()
     return not marks or not any(path.iterdir()) or any((path / mark).is_file() for mark in marks)
 
 
@@ -319,21 +329,27 @@ def _kept(work: Path, path: AnyPath, field: str) -> UserError:
 
 
 def _upload(work: Path, path: epath.Path, overwrite: bool, marks: Sequence[str], field: str) -> None:
-    """Copies a finished folder into a bucket, where nothing can be renamed: the old one goes first."""
+    """Copies a finished folder into a bucket, where nothing can be renamed: the old one goes first. What a kill leaves holds none of
+    `marks`, and says that it is not finished."""
     try:
         _check_target(path, overwrite, marks, field)
     except UserError as e:
         raise _kept(work, path, field) from e
+    state = "nothing was changed"
     try:
+        (path / UNFINISHED).write_text("")
+        state = "what lies there now is not whole"
         for mark in marks:  # first, so that what is left of an old folder is never taken for a whole one
             (path / mark).unlink(missing_ok=True)
-        path.rmtree(missing_ok=True)
+        for entry in path.iterdir():
+            if entry.name != UNFINISHED:
+                entry.rmtree() if entry.is_dir() else entry.unlink()
         copy_tree(work, path, last=marks)
+        (path / UNFINISHED).unlink()
     except Exception as e:  # each client of a bucket raises its own
         reason = " ".join(str(e).split())[:160] or type(e).__name__
         raise UserError(
-            f"`{field}` {path}: writing failed ({reason}); what lies there now is not whole; check that you may write "
-            "there, remove it and write again"
+            f"`{field}` {path}: writing failed ({reason}); {state}; check that you may write there, then write again with `overwrite`"
         ) from e
 
 

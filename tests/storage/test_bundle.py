@@ -87,15 +87,15 @@ def test_one_component_is_replaced(tmp_path):
         replace_component(bundle, tmp_path / "new", "vae", params(1), dict(step=5))
 
 
-def test_a_bundle_in_a_bucket(tmp_path, bucket):
-    """All but restoring weights, for which TensorStore asks Google's servers."""
-    path = f"{bucket}/models/one"
+def test_a_bundle_in_a_bucket(tmp_path, served_bucket):
+    path = f"{served_bucket}/models/one"
     local = write(tmp_path / "bundle")
     with pytest.raises(UserError, match="`bundle` gs://bucket/models/one: no such folder"):
         Bundle.open(path, FAMILIES)
     replace_component(local, path, "vae", params(2), dict(step=1))
     remote = Bundle.open(path, FAMILIES)
     assert remote.fingerprint == local.fingerprint and str(remote.path) == path
+    np.testing.assert_array_equal(remote.load("vae", target(params(2)))["bias"], params(2)["bias"])
     copy_tree(remote.path, tmp_path / "back")
     back = Bundle.open(tmp_path / "back", FAMILIES)
     np.testing.assert_array_equal(back.load("vae", target(params(2)))["bias"], params(2)["bias"])

@@ -6,7 +6,8 @@ import pytest
 from etils import epath
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.storage.folders import as_path, copy_tree, is_bucket, local_copy, replacing
+from dynaip_jax.storage import folders
+from dynaip_jax.storage.folders import UNFINISHED, as_path, copy_tree, is_bucket, local_copy, replacing
 from tests.fake_bucket import FakeBucket
 
 MARK = "what.json"
@@ -89,16 +90,28 @@ def test_what_fails_changes_nothing(place, fail, raised):
 
 def test_in_a_bucket_the_manifest_comes_last(bucket):
     write(f"{bucket}/out", "one")
-    assert FakeBucket.written == ["/bucket/out/deep/a", f"/bucket/out/{MARK}"]
+    assert FakeBucket.written == [f"/bucket/out/{UNFINISHED}", "/bucket/out/deep/a", f"/bucket/out/{MARK}"]
+    assert content(as_path(f"{bucket}/out")) == {MARK: "one", "deep/a": "one"}
 
 
 def test_a_copy_that_stops_is_not_whole(bucket, monkeypatch):
     path = as_path(bucket) / "out"
     write(path, "one")
 
+    opened = FakeBucket._open
+
     def full(self, path, *args, **options):
+        if few and path.endswith(UNFINISHED):
+            return opened(self, path, *args, **options)
         raise RuntimeError("quota exceeded\nsee the console")
 
+    few = False
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeBucket, "_open", full)
+        with pytest.raises(UserError, match="writing failed .quota exceeded see the console.; nothing was changed"):
+            write(path, "two", overwrite=True)
+    assert content(path) == {MARK: "one", "deep/a": "one"}
+    few = True
     with monkeypatch.context() as patch:
         patch.setattr(FakeBucket, "_open", full)
         with pytest.raises(
@@ -106,6 +119,14 @@ def test_a_copy_that_stops_is_not_whole(bucket, monkeypatch):
         ):
             write(path, "two", overwrite=True)
     assert not (path / MARK).exists()
+    with pytest.raises(UserError, match="already exists"):
+        write(path, "two")
+    with monkeypatch.context() as patch:  # a kill between two files
+        patch.setattr(folders, "copy_file", lambda *_: 1 / 0)
+        with pytest.raises(UserError, match="what lies there now is not whole"):
+            write(path, "two", overwrite=True)
+    write(path, "two", overwrite=True)
+    assert content(path) == {MARK: "two", "deep/a": "two"}
 
 
 def test_copies(tmp_path, bucket):

@@ -11,12 +11,12 @@ from etils import epath
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from tests.train.runs import losses
-from train import run as run_
-from train.checkpoint import Checkpoints
+from train.checksums import damage
 from train.config import OptimConfig, SampleConfig
 from train.loop import train
 from train.metrics import METRICS_FILE, GrowingFile, Metrics
 from train.optim import learning_rates
+from train.workdir import steps_in
 
 VALUES = dict(
     loss=np.float32(2), grad_norm=np.float32(3), param_norm=np.float32(5), update_norm=np.float32(0.5),
@@ -71,14 +71,13 @@ def test_a_file_that_grows_is_whole_after_each_record(bucket, tmp_path):
         assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-def test_a_run_in_a_bucket(config, bucket, tmp_path, monkeypatch):
-    """All but its checkpoints, which tensorstore writes by a client of its own."""
-    monkeypatch.setattr(run_, "Checkpoints", lambda workdir, keep: Checkpoints(tmp_path / "disk", keep))
+def test_a_run_in_a_bucket(config, served_bucket):
     sample = SampleConfig(every=2, rows=1, size=32, steps=1)
     run = dataclasses.replace(config, batch=2, sample=sample, save_every=2)
-    workdir = epath.Path(bucket) / "run"
+    workdir = epath.Path(served_bucket) / "run"
     train(dataclasses.replace(run, steps=2), workdir)
     train(dataclasses.replace(run, steps=4), workdir, resume=True)
+    assert steps_in(workdir) == [2, 4] and all(damage(workdir / "checkpoints" / step) is None for step in "24")
     assert len(losses(workdir)) == 4
     assert sorted(p.name for p in (workdir / "samples").iterdir()) == ["step_000002.png", "step_000004.png"]
     assert (workdir / "run.json").is_file() and len(list((workdir / "tensorboard").iterdir())) == 2

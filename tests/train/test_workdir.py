@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from etils import epath
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.storage.codec import to_dict
+from tests.fake_bucket import FakeBucket
 from train import config as config_
+from train.checksums import COMMITTED
 from train.workdir import (
+    DISCARDED,
     LOCK,
     RUN_FILE,
     check_free,
@@ -82,6 +87,44 @@ def test_an_overwritten_run_keeps_its_lock_and_links_lead_nowhere(config, tmp_pa
     assert (mine / "thesis").exists()
 
 
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_run_that_is_overwritten_half_has_no_half_checkpoint(config, tmp_path, bucket, place, monkeypatch):
+    """Every file that goes may be the last one before a kill."""
+    gone = []
+    for number in range(1, 40):
+        run = epath.Path(tmp_path if place == "disk" else bucket) / f"run{number}"
+        claim_workdir(run, config, dict(base="f"), overwrite=False)
+        files = [run / "checkpoints" / step / name for step in "24" for name in ("a/b", "z", COMMITTED)]
+        for file in files:
+            write_whole_in(file, "x")
+        gone.clear()
+
+        def killed(remove, number=number):
+            def removed(self, path, *args, **options):
+                if len(gone) == number:
+                    raise KeyboardInterrupt
+                gone.append(path)
+                return remove(self, path, *args, **options)
+
+            return removed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeBucket, "rm_file", killed(FakeBucket.rm_file))
+            patch.setattr(shutil, "rmtree", lambda path: gone.append(path) or (Path(path) / "4" / "z").unlink())
+            try:
+                claim_workdir(run, config, dict(base="f"), overwrite=True)
+                done = True
+            except KeyboardInterrupt:
+                done = False
+        for step in steps_in(run):
+            assert all(file.is_file() for file in files if file.parts[-2] == str(step) or file.parts[-3] == str(step))
+        claim_workdir(run, config, dict(base="f"), overwrite=False)
+        assert not (run / DISCARDED).exists()
+        if done:
+            break
+    assert done and gone
+
+
 def test_what_kills_left_half_written_goes(config, tmp_path):
     for folder in ("", "samples", "tensorboard"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -100,6 +143,9 @@ def test_later_checkpoints_are_set_aside(tmp_path, bucket, place, capsys):
     run = epath.Path(tmp_path if place == "disk" else bucket) / "run"
     for step in (2, 4, 10):
         write_whole_in(run / "checkpoints" / str(step) / "state" / "file", str(step))
+        write_whole_in(run / "checkpoints" / str(step) / COMMITTED, "")
+    if place == "bucket":
+        write_whole_in(run / "checkpoints" / "12" / "state" / "file", "half")
     write_whole_in(run / "metrics.jsonl", "lines")
     with pytest.raises(UserError, match=f"`resume_from` 6: no such checkpoint in {run}; it has 2, 4, 10; choose one"):
         check_step(run, 6)
