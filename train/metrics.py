@@ -34,7 +34,10 @@ def say(line: str) -> None:
 
 
 class Meter:
-    """Throughput since the last reading: images/s, FLOP/s by formula, and how long the loop waited for data."""
+    """Throughput since the last reading: images/s, FLOP/s by formula, and how long the loop waited for data.
+
+    Steps are global, so that their time is that of every process; data is waited for by each, and the longest wait counts.
+    """
 
     def __init__(self, run: Run):
         self._run, self._devices = run, run.mesh.devices.size
@@ -52,13 +55,13 @@ class Meter:
         self._flops += self._run.config.batch * self._run.flops(self._run.constants.family.tokens(shape))
 
     def read(self) -> dict[str, float | None]:
-        """The figures since the last reading."""
+        """The figures since the last reading. All processes call it at the same step."""
         seconds = time.perf_counter() - self._since
         rate = self._flops / seconds / self._devices
         figures = dict(
             images_per_second=self._steps * self._run.config.batch / seconds,
             step_seconds=seconds / self._steps,
-            data_wait=self.waited / seconds,
+            data_wait=_largest(self.waited / seconds),
             flops_per_second_per_device=rate,
             mfu=None if self._chip is None else rate / self._chip.flops,
         )
@@ -188,6 +191,15 @@ class Board:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _largest(x: float) -> float:
+    """The largest of what all processes give."""
+    if jax.process_count() == 1:
+        return x
+    from jax.experimental import multihost_utils
+
+    return float(np.max(multihost_utils.process_allgather(np.float32(x))))
 
 
 def _finite(x: float) -> float | None:

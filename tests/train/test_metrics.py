@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -14,7 +17,7 @@ from tests.train.runs import losses
 from train.checksums import damage
 from train.config import OptimConfig, SampleConfig
 from train.loop import train
-from train.metrics import METRICS_FILE, GrowingFile, Metrics
+from train.metrics import METRICS_FILE, GrowingFile, Meter, Metrics
 from train.optim import learning_rates
 from train.workdir import steps_in
 
@@ -69,6 +72,29 @@ def test_a_file_that_grows_is_whole_after_each_record(bucket, tmp_path):
             assert path.read_bytes() == b"a\n" + b"b\n" * (n + 1)
         file.close()
         assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_the_longest_wait_for_data_is_told(monkeypatch):
+    """Of all processes: one that waits makes the others wait in the next step, where nobody sees what for."""
+    device = SimpleNamespace(device_kind="cpu")
+    run = SimpleNamespace(
+        mesh=SimpleNamespace(devices=np.array([device])), config=SimpleNamespace(batch=2), flops=lambda tokens: 1,
+        constants=SimpleNamespace(family=SimpleNamespace(tokens=lambda shape: 1)),
+    )  # fmt: skip
+    meter, given = Meter(run), []
+
+    def of_all(x):
+        given.append(float(x))
+        return np.array([x, 0.75])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", of_all)
+    meter.count((2, 1, 1, 1))
+    time.sleep(0.01)
+    assert meter.read()["data_wait"] == 0.75 and given == [0.0]
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    meter.count((2, 1, 1, 1))
+    assert meter.read()["data_wait"] == 0.0 and len(given) == 1
 
 
 def test_a_run_in_a_bucket(config, served_bucket):
