@@ -1,9 +1,10 @@
 """What a dataset of many rows costs: CPU time to open and to order it, memory of a host's process and of each worker, open files.
 
-python -m benchmarks.scale [--rows 10000000] [--workers 2] [--batch 1024] [--json]
+python -m benchmarks.scale [--rows 10000000] [--workers 2] [--batch 1024] [--features] [--json]
 
 The rows are a few small pictures over and over: one shard of 2048, linked as often as it takes, with an index of its own, so that every
-row can be read. Workers read batches of 16 rows of the global ones, as one of 64 hosts would.
+row can be read. Workers read batches of 16 rows of the global ones, as one of 64 hosts would; with `--features` they read small arrays of a
+cache, the same ones in every part.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.output import show
+from dynaip_jax.data import features
 from dynaip_jax.data.config import DataConfig
-from dynaip_jax.data.joining import join
+from dynaip_jax.data.joining import join, link
 from dynaip_jax.data.loader import make_loader
-from dynaip_jax.data.records import DIGESTS, INDEX, ROWS_A_SHARD, Record, write_dataset
+from dynaip_jax.data.order import make_order
+from dynaip_jax.data.records import DIGESTS, INDEX, ROWS_A_SHARD, Record, open_dataset, write_dataset
 
 EACH = 16  # rows that a host reads of a batch
 
@@ -65,6 +68,42 @@ def synthetic(folder: Path, rows: int) -> Path:
     return out
 
 
+def cached(data: Path, path: Path, batch: int) -> Path:
+    """A cache of the dataset in `data`, for batches of `batch`: the arrays of its first part, linked as often as it takes."""
+    config = config_of(data)
+    dataset = open_dataset(config.path)
+    order = make_order(config, dataset, batch)
+    made_of = features.facts(config, order, "", "bfloat16", dataset.content)
+    key, rng = features.cache_key(made_of, 1, ROWS_A_SHARD), np.random.default_rng(0)
+    for number in range(features.parts(len(dataset))):
+        part = path / features.part_name(number)
+        part.mkdir(parents=True)
+        bucket_of = order.bucket_of[number * ROWS_A_SHARD :][:ROWS_A_SHARD]
+        if number:
+            for file in (path / features.part_name(0)).glob("*.npy"):
+                link(file, part / file.name)
+        else:
+            store, places = features.Store(part, "bfloat16"), np.arange(len(bucket_of))
+            for name, shape in (("states", (8, 64)), ("pooled", (64,))):
+                store.put(f"empty_{name}", shape, (), np.zeros(shape))
+                store.put(name, (len(places), *shape), (places,), rng.normal(size=(len(places), *shape)))
+            store.put("levels", (1, len(places), 3, 5, 64), (0, places), rng.normal(size=(len(places), 3, 5, 64)))
+            for index, bucket in enumerate(order.buckets):
+                moments = rng.normal(size=(np.count_nonzero(bucket_of == index), 8, 8, 32))
+                store.put(features.moments_name(bucket), (1, *moments.shape), (0, np.arange(len(moments))), moments)
+            store.finish()
+        features.write_part(part, key, number, bucket_of)
+    features.write_facts(path, made_of, 1)
+    return path
+
+
+def config_of(data: Path, workers: int = 0, cache: str = "") -> DataConfig:
+    """How the dataset in `data` is read; from the features in `cache`, if any are."""
+    return DataConfig(
+        path=str(data), resolution=64, aspects=("1:1", "3:2", "2:3"), clip_size=32, workers=workers, features=cache
+    )
+
+
 def private(pid: int | str) -> float:
     """MiB of memory that a process shares with no other."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
@@ -82,9 +121,9 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
-def measure(path: Path, workers: int, batch: int) -> dict[str, Any]:
+def measure(path: Path, workers: int, batch: int, cache: str = "") -> dict[str, Any]:
     """Figures of a dataset: seconds of CPU time, MiB."""
-    config = DataConfig(path=str(path), resolution=64, aspects=("1:1", "3:2", "2:3"), clip_size=32, workers=workers)
+    config = config_of(path, workers, cache)
     before, start = private("self"), time.process_time()
     loader = make_loader(config, Nothing(), global_batch=batch, positions=np.arange(EACH))
     opened = time.process_time()
@@ -112,13 +151,16 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--features", action="store_true", help="workers read a cache of features")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     results = {}
     for name, rows in (("small", 4 * ROWS_A_SHARD), ("large", args.rows)):
         with tempfile.TemporaryDirectory() as folder:
             data = synthetic(Path(folder), rows)
-            call = f"import json; from benchmarks import scale; print(json.dumps(scale.measure(scale.Path({str(data)!r}), {args.workers}, {args.batch})))"
+            cache = str(cached(data, Path(folder) / "cache", args.batch)) if args.features else ""
+            given = f"scale.Path({str(data)!r}), {args.workers}, {args.batch}, {cache!r}"
+            call = f"import json; from benchmarks import scale; print(json.dumps(scale.measure({given})))"
             done = subprocess.run(
                 [sys.executable, "-c", call], check=True, capture_output=True, text=True
             )  # a heap of its own

@@ -178,11 +178,13 @@ def test_cache_and_prepare_write_nothing(loss, tmp_path, monkeypatch):
     for name in ("Encoding", "open_data", "make_order"):
         monkeypatch.setattr(cache, name, lambda *_: SimpleNamespace(content=""))
     monkeypatch.setattr(cache.features, "facts", lambda *_: {})
-    monkeypatch.setattr(cache, "_write_features", signals)
+    monkeypatch.setattr(cache, "make_parts", signals)
+    monkeypatch.setattr(cache.Making, "numbers", [])
     monkeypatch.setattr("train.run.Run", lambda config: SimpleNamespace(encoder_identity=""))
-    config = SimpleNamespace(data=None, batch=1, dtype="float32")
+    config = SimpleNamespace(data=None, batch=1, dtype="float32", distributed=SimpleNamespace(enabled=False))
     said = loss(lambda: cache.cache(config, tmp_path / "features"))
-    assert said == f"interrupted; nothing is written to {tmp_path / 'features'}"
+    kept = f"finished parts are kept in {tmp_path / '.features.parts'}; run the same command to go on"
+    assert said == f"interrupted; {kept}"
     assert not [path.name for path in tmp_path.iterdir() if path.is_dir()]
 
 

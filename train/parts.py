@@ -1,11 +1,13 @@
-"""`train.prepare` in several processes, on one host or several: rows are checked and written in parts, which are then joined.
+"""Datasets and caches of features in parts, on one host or several, which are then joined.
 
-Each part is a small dataset in a hidden folder beside the one that is made. What is finished stays there until the dataset is whole, so
-that a run which was stopped, or which found bad rows, does again only what has changed.
+Parts lie in a hidden folder beside the one that is made. What is finished stays there until that is whole, so that a run which was
+stopped does only what is left. Those of `train.prepare` are small datasets, made by several processes; a run which found bad rows
+does again what has changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,12 +27,15 @@ from dynaip_jax.data.check import BadRow, Limits, Picture, Row, check
 from dynaip_jax.data.children import follow_parent
 from dynaip_jax.data.records import ROWS_A_SHARD, Record, write_dataset
 from dynaip_jax.data.sources import Source
-from dynaip_jax.errors import UserError
+from dynaip_jax.errors import UserError, reason
 from dynaip_jax.reading import parse_json
 from dynaip_jax.storage.folders import AnyPath
+from dynaip_jax.storage.locks import hold
+from dynaip_jax.storage.renames import sync, sync_tree
 
 PART = "part.json"  # in a part's folder: what it was made of, how many rows it has, and its bad ones
 VERSION = 1
+MAKING = ".making"  # ends the name of a part's folder until it is whole
 
 
 class Share(NamedTuple):
@@ -47,6 +52,10 @@ class Share(NamedTuple):
             raise UserError(f"`share` {text}: expected I/N, such as 2/8 on the second of eight hosts")
         return cls(int(number), int(count))
 
+    def has(self, part: int) -> bool:
+        """Whether the part of this number, from 0, is for this host."""
+        return part % self.hosts == self.number - 1
+
 
 class Part(NamedTuple):
     """A finished part: its folder, how many rows it holds, and what is wrong with those that are left out."""
@@ -58,11 +67,39 @@ class Part(NamedTuple):
 
 
 def folder_of(out: AnyPath) -> Path:
-    """Where the parts of the dataset `out` lie until it is whole: beside it, or for a bucket in the system's temporary folder."""
+    """Where the parts of `out` lie until it is whole: beside it, or for a bucket in the system's temporary folder."""
     if isinstance(out, Path):
         whole = Path(os.path.abspath(out))
         return whole.with_name(f".{whole.name}.parts")
     return Path(tempfile.gettempdir()) / f"dynaip-{hashlib.sha256(os.fspath(out).encode()).hexdigest()[:16]}.parts"
+
+
+@contextlib.contextmanager
+def new_part(folder: Path) -> Iterator[Path]:
+    """A new folder that becomes the part `folder`, in the place of what stands there, when the block ends well; what killed makers of
+    it left goes. Raises `UserError` if another process makes it, and if it cannot be written."""
+
+    def held(holder: str) -> UserError:
+        return UserError(f"{folder}: this part is being made by {holder}; wait until that has ended, or stop it")
+
+    try:
+        with hold(folder.with_name(f"{folder.name}.lock"), held):
+            for left in folder.parent.glob(f"{folder.name}.*{MAKING}"):
+                shutil.rmtree(left, ignore_errors=True)
+            work = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{MAKING}")
+            work.mkdir()
+            try:
+                yield work
+                sync_tree(work)
+                shutil.rmtree(folder, ignore_errors=True)
+                work.rename(folder)
+                sync(folder.parent)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as e:
+        raise UserError(
+            f"`out`: {folder.parent} cannot be written ({reason(e)}); finished parts are kept there; free space, then the same command goes on"
+        ) from e
 
 
 def make_parts(
@@ -81,7 +118,7 @@ def make_parts(
                 rows = list(itertools.islice(source.rows, ROWS_A_SHARD))
                 if not rows:
                     break
-                if share is None or number % share.hosts == share.number - 1:
+                if share is None or share.has(number):
                     waiting.append(pool.submit(make_part, rows, folder / f"part-{number:06d}", limits))
                 while len(waiting) > 2 * processes:
                     yield waiting.popleft().result()
@@ -111,17 +148,11 @@ def make_part(rows: list[Row | BadRow], folder: Path, limits: Limits) -> Part:
             else:
                 yield checked
 
-    work = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
-    work.mkdir()
-    try:
+    with new_part(folder) as work:
         records = good()
         first = next(records, None)
         written = 0 if first is None else write_dataset(work, itertools.chain((first,), records), digests=True)
         (work / PART).write_text(json.dumps(dict(key=key, written=written, bad=bad)))
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return Part(folder, written, bad, rows[-1].number)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dynaip_jax.data.features import CachedBatch
+from dynaip_jax.data.cached import CachedBatch
 from dynaip_jax.data.loader import make_loader
 from dynaip_jax.data.samples import Batch
 from dynaip_jax.runtime.compiling import QUICK

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dynaip_jax.data.config import Bucket
-from dynaip_jax.data.order import BatchOrder, Step
+from dynaip_jax.data.order import Step, Steps
 
 QUESTION, ANSWER = (
     struct.Struct("<q"),
@@ -28,7 +28,7 @@ QUESTION, ANSWER = (
 class Alone:
     """The steps of `order` for threads of this process, which reads the samples at `positions`."""
 
-    def __init__(self, order: BatchOrder, positions: np.ndarray):
+    def __init__(self, order: Steps, positions: np.ndarray):
         self._order, self._positions = order, positions
 
     def step(self, step: int) -> Step:
@@ -40,7 +40,7 @@ class Alone:
 class Answers:
     """Serves the steps of `order`, of which this process reads the samples at `positions`, until it is closed."""
 
-    def __init__(self, order: BatchOrder, positions: np.ndarray):
+    def __init__(self, order: Steps, positions: np.ndarray):
         self._folder = tempfile.mkdtemp(prefix="dynaip-")
         address, alone = str(Path(self._folder) / "order"), Alone(order, positions)
 

@@ -1,53 +1,41 @@
 """Precomputed features: what the frozen encoders make of a dataset, so that training holds the MM-DiT and the adapter alone.
 
-A folder holds `features.json` (what they were made of) and NumPy files, read row by row and compared with checksums: the states of each row's text,
-its pooled text if the family has any, and, `variants` times with different augmentation, its VAE moments and CLIP levels. bfloat16
-is stored as its bits.
+A folder holds `features.json` (what they were made of) and parts of `ROWS_A_PART` rows each, in the dataset's order. A part holds `part.json` and
+NumPy files, read row by row and compared with checksums (`cached.py`): the states of each row's text, its pooled text if the family
+has any, both of the empty prompt, and, `variants` times with different augmentation, its VAE moments and CLIP levels. bfloat16 is
+stored as its bits. Caches of before there were parts are one part without `part.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
-import warnings
+import math
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Int
 
 from dynaip_jax.choices import DTYPES
 from dynaip_jax.data.config import Bucket, DataConfig
 from dynaip_jax.data.order import BatchOrder
-from dynaip_jax.data.records import Dataset
-from dynaip_jax.data.samples import draw
 from dynaip_jax.errors import UserError, reason, shortened
-from dynaip_jax.reading import JSON_BYTES, is_file, parse_json, read_bytes
+from dynaip_jax.reading import JSON_BYTES, parse_json, read_bytes
 from dynaip_jax.schema import typed
 from dynaip_jax.storage.arrays import Rows, crc32, read_array
-from dynaip_jax.storage.folders import is_bucket, reserve
+from dynaip_jax.storage.folders import reserve
 
-FILE, FORMAT, VERSION = "features.json", "dynaip-features", 1
+FILE, FORMAT, VERSION, WHOLE = "features.json", "dynaip-features", 2, 1  # WHOLE: the version of caches without parts
+PART = "part.json"
+ROWS_A_PART = 2048
 CHECKS = ".checks.npy"  # after the name of an array: the checksums of its rows
 SHAPING = (  # fields of DataConfig that change what is stored
     "resolution", "aspects", "clip_size", "square", "remove_background", "crop_reference", "flip_reference", "flip_target", "seed",
 )  # fmt: skip
-
-
-class CachedBatch(NamedTuple):
-    """One process's part of a global batch, as the encoders left it."""
-
-    moments: Float[np.ndarray, "b h w 2z"]  # of the VAE
-    states: Float[np.ndarray, "b t c"]  # of the text; of the empty prompt where the text is dropped
-    pooled: Float[np.ndarray, "b c"] | None  # likewise; None for a family without it
-    levels: tuple[Float[np.ndarray, "b 1 m c"], ...] | None  # three, of CLIP vision; None in a cache for a base
-    keep_image: Float32[np.ndarray, " b"]  # 0 where the image prompt is dropped, otherwise 1
-    row: Int32[np.ndarray, " b"]  # index into the dataset
 
 
 def facts(config: DataConfig, order: BatchOrder, encoders: str, dtype: str, content: str) -> dict[str, Any]:
@@ -119,33 +107,71 @@ def told(path: Path) -> Iterator[None]:
         ) from e
 
 
-def write_facts(folder: Path, made_of: Mapping[str, Any], variants: int) -> None:
-    """Writes `features.json`, which ends a cache: what it was made of, in how many `variants`, and its arrays."""
+def parts(rows: int) -> int:
+    """How many parts `rows` rows make."""
+    return math.ceil(rows / ROWS_A_PART)
+
+
+def part_name(number: int) -> str:
+    """The folder of a part within a cache, or among the finished parts of one that is being made."""
+    return f"part-{number:06d}"
+
+
+def cache_key(made_of: Mapping[str, Any], variants: int, rows_a_part: int) -> str:
+    """By what the parts of a cache are known as its own."""
+    return _digest(dict(version=VERSION, facts=made_of, variants=variants, rows_a_part=rows_a_part))
+
+
+def write_part(folder: Path, key: str, number: int, bucket_of: Int[np.ndarray, " n"]) -> None:
+    """Writes `part.json`, which ends the part of this `number`: what it is, and for each row the index of its bucket in the batch order."""
     arrays = sorted(file.name.removesuffix(CHECKS) for file in folder.glob(f"*{CHECKS}"))
-    content = dict(format=FORMAT, format_version=VERSION, variants=variants, facts=made_of, arrays=arrays)
+    content = dict(key=key, number=number, arrays=arrays, bucket_of=[int(bucket) for bucket in bucket_of])
+    (folder / PART).write_text(json.dumps(content | dict(checksum=_digest(content))) + "\n")
+
+
+def read_part(folder: Path, key: str, number: int) -> tuple[list[str], Int[np.ndarray, " n"]]:
+    """Names of a part's arrays, and the index of each row's bucket. Raises `ValueError` or `OSError` if it is damaged, or another."""
+    stated = typed(dict[str, Any], parse_json(read_bytes(folder / PART, JSON_BYTES)), PART)
+    _check_digest(stated)
+    if (stated.get("key"), stated.get("number")) != (key, number):
+        raise ValueError("it is a part of another cache, or another part of this one")
+    names = typed(tuple[str, ...], stated.get("arrays"), "arrays")
+    buckets = typed(tuple[int, ...], stated.get("bucket_of"), "bucket_of")
+    if not all(0 <= bucket < 1 << 15 for bucket in buckets):
+        raise ValueError("bucket_of holds what is no index")
+    return list(names), np.array(buckets, np.int64)
+
+
+def write_facts(folder: Path, made_of: Mapping[str, Any], variants: int) -> None:
+    """Writes `features.json`, which ends a cache: what it was made of, in how many `variants`, and how many rows a part has."""
+    content = dict(format=FORMAT, format_version=VERSION, variants=variants, facts=made_of, rows_a_part=ROWS_A_PART)
     (folder / FILE).write_text(json.dumps(content | dict(checksum=_digest(content)), indent=2) + "\n")
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    """The content of `features.json`. Raises `ValueError` or `OSError` for anything else than `write_facts` writes; caches of before
-    checksums are read."""
-    stored = parse_json(read_bytes(path / FILE, JSON_BYTES))
-    kinds = dict(
-        format=str, format_version=int, variants=int, facts=dict[str, Any], arrays=tuple[str, ...], checksum=str
-    )
-    typed(dict[str, Any], stored, FILE)
-    if stored.get("format") != FORMAT or stored.get("format_version") != VERSION:
-        version = shortened(f"{stored.get('format')} {stored.get('format_version')}", 60)
-        raise ValueError(f"format {version}, expected {FORMAT} {VERSION}")
-    if (wrong := stored.keys() ^ kinds.keys()) - {"arrays", "checksum"}:
+KINDS = dict(format=str, format_version=int, variants=int, facts=dict[str, Any], checksum=str)
+KINDS_OF = {VERSION: KINDS | dict(rows_a_part=int), WHOLE: KINDS | dict(arrays=tuple[str, ...])}
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The content of `features.json`. Raises `ValueError` or `OSError` for anything else than `write_facts` writes; caches without
+    parts are read, and those of before checksums."""
+    stored = typed(dict[str, Any], parse_json(read_bytes(path / FILE, JSON_BYTES)), FILE)
+    version = stored.get("format_version")
+    if stored.get("format") != FORMAT or isinstance(version, bool) or version not in (VERSION, WHOLE):
+        version = shortened(f"{stored.get('format')} {version}", 60)
+        raise ValueError(f"format {version}, expected {FORMAT} {WHOLE} or {VERSION}")
+    kinds, spared = KINDS_OF[version], {"arrays", "checksum"} if version == WHOLE else set()
+    if (wrong := stored.keys() ^ kinds.keys()) - spared:
         raise ValueError(f"{min(wrong)!r} is missing or unknown")
     for name, value in stored.items():
         typed(kinds[name], value, name)
     typed(dict[str, Any], stored["facts"].get("data"), "data")
     if stored["variants"] < 1 or stored["facts"].get("dtype") not in DTYPES:
         raise ValueError(f"{stored['variants']} variants of {shortened(repr(stored['facts'].get('dtype')), 40)}")
-    if "arrays" in stored and stored.get("checksum") != _digest({k: v for k, v in stored.items() if k != "checksum"}):
-        raise ValueError("its checksum is another: it was damaged or changed")
+    if version == VERSION or "arrays" in stored:
+        _check_digest(stored)
+    if stored.get("rows_a_part", 1) < 1:
+        raise ValueError(f"parts of {stored['rows_a_part']} rows")
     return stored
 
 
@@ -153,118 +179,15 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _check_digest(stated: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless the checksum in a file is that of the rest."""
+    if stated.get("checksum") != _digest({k: v for k, v in stated.items() if k != "checksum"}):
+        raise ValueError("its checksum is another: it was damaged or changed")
+
+
 def moments_name(bucket: Bucket) -> str:
     """Name of the array that holds the VAE moments of a bucket's rows."""
     return f"moments_{bucket.height}x{bucket.width}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Cached:
-    """Reads a cache folder; see `samples.Reader`. Sample for sample what `samples.Pictures` and the encoders would make,
-    but that the augmentation of epoch e is that of epoch e modulo `variants`."""
-
-    dataset: Dataset
-    config: DataConfig
-    bucket_of: Int[np.ndarray, " n"] = dataclasses.field(repr=False)  # of the batch order
-    path: Path
-    dtype: str
-    variants: int
-    listed: list[str] | None  # its arrays, which have checksums; None in caches of before there were any
-
-    @classmethod
-    def open(cls, config: DataConfig, dataset: Dataset, order: BatchOrder, encoders: str) -> Cached:
-        """Checks the folder `config.features` against what training asks for. Raises `UserError` if it does not fit."""
-        if is_bucket(config.features):
-            raise UserError(
-                f"`data.features` {config.features}: features are mapped into memory, which a bucket does not allow; expected a "
-                "local folder; copy them to a disk"
-            )
-        path = Path(config.features)
-        try:
-            stored = _read_facts(path)
-        except (OSError, ValueError) as e:
-            raise UserError(
-                f"`data.features` {path}: no readable {FILE} ({reason(e)}); expected a folder made by python -m train.cache"
-            ) from e
-        dtype, variants, made_of = stored["facts"]["dtype"], stored["variants"], stored["facts"]
-        wanted = facts(config, order, encoders, dtype, dataset.content)
-        if "content" in wanted and "content" not in made_of:
-            warnings.warn(
-                f"features {path}: made before caches knew the content of their dataset; nobody can tell whether its pictures are still "
-                "those of the cache; make it again to be sure",
-                stacklevel=2,
-            )
-            del wanted["content"]
-        flat = [{**{k: v for k, v in f.items() if k != "data"}, **f["data"]} for f in (made_of, wanted)]
-        for name, value in flat[1].items():
-            if (stated := flat[0].get(name)) != value:
-                stated, value = (str(x)[:12] if name == "content" else repr(x) for x in (stated, value))
-                raise UserError(
-                    f"`data.features` {path}: made with {name} {stated}; this run has {value}; make the cache again with this run's options"
-                )
-        return cls(dataset, config, order.bucket_of, path, dtype, variants, stored.get("arrays"))
-
-    @cached_property
-    def _slot(self) -> np.ndarray:
-        """Position of each row among those of its bucket."""
-        return slots(self.bucket_of)
-
-    @cached_property
-    def _members(self) -> np.ndarray:
-        """How many rows each bucket has."""
-        return np.bincount(self.bucket_of)
-
-    @cached_property
-    def _moments(self) -> dict[str, Rows]:
-        """Those that have been opened."""
-        return {}
-
-    @cached_property
-    def _arrays(self) -> dict[str, Rows]:
-        count = len(self.bucket_of)
-        leading = dict(
-            states=(count,), empty_states=(), pooled=(count,), empty_pooled=(), levels=(self.variants, count)
-        )
-        names = ["states", "empty_states"]
-        for optional in (("pooled", "empty_pooled"), ("levels",)):
-            if any(is_file(self.path / f"{n}.npy") if self.listed is None else n in self.listed for n in optional):
-                names += optional
-        return {name: self._rows(name, leading[name]) for name in names}
-
-    def _rows(self, name: str, leading: tuple[int, ...]) -> Rows:
-        return Store(self.path, self.dtype).rows(name, leading, checked=self.listed is not None)
-
-    def _read(self, array: Rows, *index: int) -> np.ndarray:
-        """A row, in the cache's dtype."""
-        with told(array.path):
-            return array[index].view(Store(self.path, self.dtype).dtype)
-
-    def read(self, rows: Int[np.ndarray, " b"], bucket: Bucket, epoch: int) -> CachedBatch:
-        """The `CachedBatch` of dataset indices `rows` `[b]`."""
-        chances = [draw(self.config, epoch, int(row)) for row in rows]
-        arrays, variant = self._arrays, epoch % self.variants
-        name = moments_name(bucket)
-        if name not in self._moments:
-            self._moments[name] = self._rows(name, (self.variants, int(self._members[self.bucket_of[rows[0]]])))
-        moments = self._moments[name]
-
-        def text(name: str) -> np.ndarray:
-            empty = self._read(arrays[f"empty_{name}"])
-            own = (self._read(arrays[name], int(row)) for row in rows)
-            return np.stack([empty if c.drop_text else x for c, x in zip(chances, own, strict=True)])
-
-        levels = None
-        if "levels" in arrays:
-            stacked = np.stack([self._read(arrays["levels"], variant, int(row)) for row in rows])
-            levels = tuple(np.array(stacked[:, n, None]) for n in range(stacked.shape[1]))
-        return CachedBatch(
-            moments=np.stack([self._read(moments, variant, int(slot)) for slot in self._slot[rows]]),
-            states=text("states"),
-            pooled=text("pooled") if "pooled" in arrays else None,
-            levels=levels,
-            keep_image=np.array([not c.drop_image for c in chances], np.float32),
-            row=np.asarray(rows, np.int32),
-        )
 
 
 def slots(bucket_of: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -36,7 +36,7 @@ def join(folder: Path, parts: Sequence[Path]) -> int:
         size += int(stated["numBytes"])
         shards = sorted(part.glob(f"{NAME}-{SPLIT}.array_record-*"))
         for shard, length in zip(shards, stated["shardLengths"], strict=True):
-            _link(shard, Path(os.fspath(template.sharded_filepath(shard_index=len(lengths), num_shards=None))))
+            link(shard, Path(os.fspath(template.sharded_filepath(shard_index=len(lengths), num_shards=None))))
             lengths.append(int(length))
     info = new_info(folder)
     info.set_file_format("array_record")
@@ -54,7 +54,7 @@ def _index(part: Path) -> dict[str, Any]:
         return {name: index[name] for name in ("sizes", "numbers", "masked")}
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """The same file under another name, or, on another disk, a copy."""
     try:
         os.link(source, target)

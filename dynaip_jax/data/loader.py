@@ -13,11 +13,11 @@ from absl import flags
 from jaxtyping import Int
 
 from dynaip_jax.data.asking import Alone, Answers, Asked
+from dynaip_jax.data.cached import Cached
 from dynaip_jax.data.children import follow_parent
 from dynaip_jax.data.config import DataConfig
-from dynaip_jax.data.features import Cached
 from dynaip_jax.data.mixture import open_data
-from dynaip_jax.data.order import BatchOrder, make_order
+from dynaip_jax.data.order import Steps, make_order
 from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import Pictures, Reader, TextIds
 from dynaip_jax.errors import UserError
@@ -94,7 +94,7 @@ class BatchIterator(grain.DatasetIterator):
 
     def __init__(
         self,
-        order: BatchOrder,
+        order: Steps,
         reader: Reader,
         *,
         positions: np.ndarray,

@@ -9,7 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -29,6 +29,19 @@ class Step(NamedTuple):
     epoch: int
     bucket: Bucket
     rows: Int[np.ndarray, " global_batch"]
+
+
+class Steps(Protocol):
+    """What a loader asks of an order."""
+
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what gives the number of a step its meaning."""
+
+    def step(self, step: int) -> Step:
+        """The global batch of this number, from 0."""
 
 
 class BatchOrder:

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -102,6 +103,7 @@ class Rows:
             if self.head.fortran:
                 raise ValueError("its values are in Fortran's order")
             on_failure.pop_all()
+        weakref.finalize(self, self._file.close)  # who reads it in another thread keeps it open
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self._checks)

@@ -660,36 +660,15 @@ class Pictures(Reader):
 class Features(Reader):
     """A cache of features: batches are as before or refused."""
 
-    files = ("cache/*",)
+    files = ("cache/*.json", "cache/*/*")
 
     def make(self, folder):
-        from dynaip_jax.data import features
-        from dynaip_jax.data.features import Store, moments_name
-        from dynaip_jax.data.order import make_order
-        from dynaip_jax.data.records import open_dataset, write_dataset
+        from dynaip_jax.data.records import write_dataset
+        from tests.data.caches import write_cache
 
         (folder / "data").mkdir()
-        (folder / "cache").mkdir()
         write_dataset(folder / "data", records(6))
-        settings, dataset = self._config(folder), open_dataset(folder / "data")
-        order, store, rng = (
-            make_order(settings, dataset, 2),
-            Store(folder / "cache", "bfloat16"),
-            np.random.default_rng(0),
-        )
-        rows = np.arange(len(dataset))
-        for name, shape in (("states", (4, 3)), ("pooled", (5,))):
-            store.put(f"empty_{name}", shape, (), rng.normal(size=shape))
-            store.put(name, (len(rows), *shape), (rows,), rng.normal(size=(len(rows), *shape)))
-        for variant in range(2):
-            store.put("levels", (2, len(rows), 3, 2, 3), (variant, rows), rng.normal(size=(len(rows), 3, 2, 3)))
-            for number, bucket in enumerate(order.buckets):
-                members = int(np.count_nonzero(order.bucket_of == number))
-                values = rng.normal(size=(members, 2, 2, 4))
-                store.put(moments_name(bucket), (2, *values.shape), (variant, np.arange(members)), values)
-        store.finish()
-        made_of = features.facts(settings, order, "encoders", "bfloat16", dataset.content)
-        features.write_facts(folder / "cache", made_of, 2)
+        write_cache(folder / "cache", self._config(folder), 2, dtype="bfloat16")
 
     def _config(self, folder: Path):
         from dynaip_jax.data.config import DataConfig
@@ -704,7 +683,7 @@ class Features(Reader):
         )
 
     def read(self, folder):
-        from dynaip_jax.data.features import Cached
+        from dynaip_jax.data.cached import Cached
         from dynaip_jax.data.order import make_order
         from dynaip_jax.data.records import open_dataset
 
@@ -717,6 +696,18 @@ class Features(Reader):
                 members = np.flatnonzero(order.bucket_of == number)
                 batches += [cached.read(members, bucket, epoch)] if len(members) else []
         return digest([b._asdict() for b in batches])
+
+
+class OldFeatures(Features):
+    """A cache of before there were parts."""
+
+    files = ("cache/*",)
+
+    def make(self, folder):
+        from tests.data.caches import as_before_parts
+
+        super().make(folder)
+        as_before_parts(folder / "cache")
 
 
 def records(count: int):
@@ -936,6 +927,6 @@ READERS: dict[str, Callable[[], Reader]] = dict(
     safetensors=Safetensors, index=Index, adapter_json=AdapterFile, adapter_weights=AdapterWeights, bundle_json=BundleFile,
     bundle_folder=BundleFolder, old_bundle_folder=OldBundleFolder, transformer_config=TransformerConfig, vae_config=VAEConfigFile,
     t5_config=T5ConfigFile, clip_text_config=CLIPTextConfigFile, clip_vision_config=CLIPVisionConfigFile, schedule=Schedule,
-    npy=Npy, msgpack=Msgpack, gguf=GGUF, pictures=Pictures, features=Features, datasets=Datasets, sources=Sources, tokenizer=Tokenizer,
+    npy=Npy, msgpack=Msgpack, gguf=GGUF, pictures=Pictures, features=Features, old_features=OldFeatures, datasets=Datasets, sources=Sources, tokenizer=Tokenizer,
     loras=Loras,
 )  # fmt: skip

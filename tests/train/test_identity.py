@@ -8,6 +8,7 @@ import pytest
 
 from dynaip_jax.data.records import INDEX, open_dataset, write_dataset
 from dynaip_jax.errors import UserError
+from tests.data.caches import as_before_parts
 from tests.train.runs import data_state, metrics, refused, words
 from train.cache import cache
 from train.export import export
@@ -94,6 +95,7 @@ def test_features_of_other_pictures_are_refused(config, folders, tmp_path):
     with pytest.raises(UserError, match="made with content [0-9a-f]{12}; this run has [0-9a-f]{12};"):
         train(cached, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    as_before_parts(tmp_path / "elsewhere")
     file = tmp_path / "elsewhere" / "features.json"
     manifest = json.loads(file.read_text())
     del manifest["facts"]["content"], manifest["arrays"], manifest["checksum"]
