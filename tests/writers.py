@@ -31,6 +31,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["train.cache", "train.export", "train.loop", "train.main", "train.prepare"]
 PATIENCE = 300  # seconds after which a writer is taken to hang
 SIDE = 64  # files of the plain folder
+PAGE = 4096  # bytes: a file takes whole ones
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def dataset(sources: Path, out: Path) -> int:
     return command("train.prepare", "--source", sources / "photos" / "metadata.jsonl", "--out", out, "--overwrite")
 
 
+def parts(sources: Path, out: Path) -> int:
+    """`train.prepare` in another process, whose parts are kept until all is whole."""
+    words = ("--source", sources / "photos" / "metadata.jsonl", "--out", out, "--overwrite", "--processes", 1)
+    return command("train.prepare", *words)
+
+
 def check_dataset(sources: Path, out: Path) -> None:
     from dynaip_jax.data.records import open_dataset
 
@@ -119,7 +126,7 @@ def check_features(sources: Path, out: Path) -> None:
     import numpy as np
 
     assert json.loads((out / "features.json").read_text())["variants"] == 4
-    assert all(np.isfinite(np.load(file)).all() and np.load(file).any() for file in out.glob("*.npy"))
+    assert all(np.isfinite(np.load(file)).all() and np.load(file).any() for file in out.rglob("*.npy"))
 
 
 def adapter(sources: Path, out: Path) -> int:
@@ -172,6 +179,7 @@ WRITERS = dict(
     folder=Writer(folder, check_folder),
     bundle=Writer(bundle, check_bundle),
     dataset=Writer(dataset, check_dataset),
+    parts=Writer(parts, check_dataset),
     features=Writer(features, check_features),
     adapter=Writer(adapter, check_adapter),
     run=Writer(run, check_run, beside=False),
@@ -344,8 +352,8 @@ class Faults:
 
     def full(self) -> None:
         """An old result, then room for a part of the new one."""
-        size = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
-        largest = max(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
+        sizes = [file.stat().st_size for file in self.out.rglob("*") if file.is_file()]
+        size, largest = sum(-(-one // PAGE) * PAGE for one in sizes), max(sizes)
         with self.disk("small", max(int(2.3 * size), 1 << 20)) as mounted:
             small = mounted or self.place / "small"
             shutil.copytree(self.out, small / "out")
