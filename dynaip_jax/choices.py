@@ -8,7 +8,7 @@ QUERIES = ("before_rope", "after_rope")  # of the reference term
 MERGES = ("sum", "concat")  # of several subjects, in the reference term
 SITES = ("before_projection", "residual")  # where a block adds the reference term
 REGIONS = ("auto", "none")
-FITS = ("pad", "crop")  # how a reference becomes square
+FITS = ("pad", "crop", "stretch")  # how a reference becomes square
 
 
 def check(name: str, value: object, allowed: tuple[str, ...]) -> None:

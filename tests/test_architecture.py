@@ -56,7 +56,7 @@ LAZY = (
     "qwix",
     "tyro",
 )
-PICKLES = "tools.convert_torch_weights.pickled"  # torch alone reads them
+PICKLES = "dynaip_jax.storage.pickled"  # torch alone reads them
 BACKBONES = ("flux",)  # words that name a backbone
 NAMED_IN = (  # where such a word may stand: a backbone's own files, its recipes, what is about it alone
     r"dynaip_jax/(models|families)/\w+\.py", r"dynaip_jax/testing\.py", r"tools/convert_torch_weights/(flux\w*|registry)\.py", r"configs/.*",

@@ -8,13 +8,14 @@ Sources: XLabs-AI/x-flux `IPDoubleStreamBlockProcessor` and `ImageProjModel`; di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dynaip_jax import schema
 from dynaip_jax.layers.basic import LayerNorm, linear, parameter
@@ -24,14 +25,21 @@ from dynaip_jax.runtime.sharding import constrain
 from dynaip_jax.types import KV, ImagePrompt, Sites
 
 EPSILON = 1e-5  # of torch's LayerNorm
+Read = Callable[..., np.ndarray]  # the tensor of a public name, a matrix `[in, out]`, in the shape given after the name
 PROJECTION = "ip_adapter_proj_model"  # public names
 BLOCK = "double_blocks.{}.processor.ip_adapter_double_stream_{}_proj"
+BANK = ("layers", "batch", None, None, "heads", "head_dim")  # logical axes of keys and values
 
 
 @dataclass(frozen=True)
 class IPAdapterConfig:
     """Sizes: `tokens` a picture, `width` of each; `embedding`: of CLIP's projected embedding; `depth`, `num_heads`, `head_dim` are the
     dual-stream blocks of the base."""
+
+    maker: ClassVar[str] = "XLabs"
+    mark: ClassVar[str] = f"{PROJECTION}.proj.weight"  # a tensor that only its files have
+    encoder: ClassVar[str] = "clip_vision"
+    reads: ClassVar[str] = "CLIP's embedding"
 
     tokens: int = 4
     width: int = 4096
@@ -93,6 +101,31 @@ class IPAdapterConfig:
                 }
         return expected
 
+    def tree(self, read: Read) -> dict[str, Any]:
+        """The parameters of `IPAdapter(self)` in a public file."""
+        heads = (self.num_heads, self.head_dim)
+
+        def stacked(kind: str, end: str, *shape: int) -> np.ndarray:
+            return np.stack([read(f"{BLOCK.format(n, kind)}.{end}", *shape) for n in range(self.depth)])
+
+        return dict(
+            proj=dict(
+                kernel=read(f"{PROJECTION}.proj.weight", self.embedding, self.tokens, self.width),
+                bias=read(f"{PROJECTION}.proj.bias", self.tokens, self.width),
+            ),
+            norm=dict(
+                scale=read(f"{PROJECTION}.norm.weight", self.width), bias=read(f"{PROJECTION}.norm.bias", self.width)
+            ),
+            key=stacked("k", "weight", self.width, *heads),
+            key_bias=stacked("k", "bias", *heads),
+            value=stacked("v", "weight", self.width, *heads),
+            value_bias=stacked("v", "bias", *heads),
+        )
+
+    def module(self, compute: Compute) -> IPAdapter:
+        """The adapter of these sizes."""
+        return IPAdapter(self, compute)
+
 
 class IPAdapter(nn.Module):
     """The adapter. `embedding` `[b, s, embedding]`: CLIP's projected embedding of each subject's picture; the other arguments as in
@@ -117,15 +150,10 @@ class IPAdapter(nn.Module):
         tokens = LayerNorm(eps=EPSILON, param_dtype=p.param_dtype, name="norm")(tokens)
 
         def project(name: str) -> jax.Array:
-            axes = ("layers", "embed", "heads", "head_dim")
-            shape = (c.depth, c.width, c.num_heads, c.head_dim)
-            lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
-            kernel = parameter(self, name, lecun, axes, shape, p.param_dtype).astype(p.dtype)
             bias_axes, bias_shape = ("layers", "heads", "head_dim"), (c.depth, c.num_heads, c.head_dim)
             bias = parameter(self, f"{name}_bias", nn.initializers.zeros, bias_axes, bias_shape, p.param_dtype)
-            x = jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(p.dtype), kernel)
-            x = x + bias.astype(p.dtype)[:, None, None, None]
-            return constrain(x, "layers", "batch", None, None, "heads", "head_dim")
+            x = bank(self, name, tokens, (c.depth, c.width, c.num_heads, c.head_dim))
+            return constrain(x + bias.astype(p.dtype)[:, None, None, None], *BANK)
 
         def gain(g: Any) -> jax.Array:
             return jnp.broadcast_to(jnp.asarray(g, jnp.float32), (c.depth, b, s))
@@ -134,7 +162,16 @@ class IPAdapter(nn.Module):
         return ImagePrompt(keys, None, gain(image_gain), gain(text_gain), region, words)
 
 
-def abstract_ip_adapter_params(config: IPAdapterConfig, compute: Compute = Compute()) -> dict[str, Any]:
-    """Shapes and dtypes of the adapter's parameters, nothing allocated, each in the box that holds its logical axis names."""
+def bank(module: nn.Module, name: str, tokens: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
+    """`tokens` `[b, s, m, w]` by a matrix of `module` for each block, of `shape` `[l, w, h, d]` -> `[l, b, s, m, h, d]`."""
+    p = module.compute  # type: ignore[attr-defined]
+    lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
+    kernel = parameter(module, name, lecun, ("layers", "embed", "heads", "head_dim"), shape, p.param_dtype)
+    return jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(p.dtype), kernel.astype(p.dtype))
+
+
+def abstract_ip_adapter_params(config: Any, compute: Compute = Compute()) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of an adapter of others (its `config`: this file's, or `InstantXConfig`), nothing allocated,
+    each in the box that holds its logical axis names."""
     embedding = jax.ShapeDtypeStruct((1, 1, config.embedding), jnp.float32)
-    return jax.eval_shape(IPAdapter(config, compute).init, jax.random.key(0), embedding)["params"]
+    return jax.eval_shape(config.module(compute).init, jax.random.key(0), embedding)["params"]

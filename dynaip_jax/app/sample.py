@@ -72,7 +72,7 @@ class Arguments(recipe.Sources):
         "converted base model", default=None, usual="the embedded one of Shapeland", unit="BUNDLE", group=FILES
     )
     adapter: str | None = argument(
-        "trained adapter, or XLabs' (ip_adapter.safetensors); without it plain text to image",
+        "trained adapter, or XLabs' or InstantX's file; without it plain text to image",
         default=None,
         unit="DIR_OR_FILE",
         group=FILES,

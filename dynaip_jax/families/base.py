@@ -28,12 +28,14 @@ from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection
 from dynaip_jax.layers.step_cache import StepCache
+from dynaip_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from dynaip_jax.public_names import PublicNames
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.types import ImagePrompt, Sites, TextCondition
 
 REFERENCE_ENCODER = "clip_vision"
+SIGLIP = "siglip"  # the encoder of reference pictures that some adapters of others read in its place
 FLOAT32 = Compute(dtype=jnp.dtype("float32"), param_dtype=jnp.dtype("float32"))
 
 
@@ -92,6 +94,7 @@ class Family(abc.ABC):
     blocks: ClassVar[tuple[str, ...]]  # names of the transformer's stacks of blocks
     matrices: ClassVar[tuple[Matrices, ...]]  # of the transformer; the first match wins
     presets: ClassVar[Mapping[str, Callable[[], Preset]]]  # published sizes by bundle name
+    other_encoders: ClassVar[Mapping[str, Component]] = {SIGLIP: Component(SiglipVisionConfig, SiglipVision)}
     reads_pictures: ClassVar[bool] = False  # whether the transformer reads reference pictures by itself
 
     configs: tuple[tuple[str, Any], ...]
@@ -101,13 +104,16 @@ class Family(abc.ABC):
     injection: Injection = Injection()
 
     @classmethod
-    def of(cls, bundle: Bundle, compute: Compute = Compute(), *, reference: bool = True) -> Family:
-        """The family of a `bundle`, its networks computed as `compute` says; `reference`: with the encoder of reference pictures.
+    def of(
+        cls, bundle: Bundle, compute: Compute = Compute(), *, reference: bool = True, encoder: str = REFERENCE_ENCODER
+    ) -> Family:
+        """The family of a `bundle`, its networks computed as `compute` says; `reference`: with the `encoder` of reference pictures.
 
         Raises `UserError` for configs that are missing, wrong or do not belong together.
         """
-        names = [name for name in cls.components if reference or name != REFERENCE_ENCODER]
-        configs = {name: bundle.config(name, cls.components[name].config) for name in names}
+        names = [name for name in cls.components if name != REFERENCE_ENCODER] + ([encoder] if reference else [])
+        known = {**cls.components, **cls.other_encoders}
+        configs = {name: bundle.config(name, known[name].config) for name in names}
         plain = Compute(dtype=compute.dtype, param_dtype=compute.param_dtype)
         computes = {name: FLOAT32 if name in cls.exact else plain for name in names} | dict(transformer=compute)
         text = bundle.manifest["text"]
@@ -132,19 +138,28 @@ class Family(abc.ABC):
         """How a component is computed."""
         return dict(self.computes)[name]
 
+    def component(self, name: str) -> Component:
+        """The classes of a component."""
+        return self.other_encoders[name] if name in self.other_encoders else self.components[name]
+
+    @property
+    def encoder(self) -> str:
+        """The component that reads reference pictures."""
+        return SIGLIP if SIGLIP in dict(self.configs) else REFERENCE_ENCODER
+
     def module(self, name: str) -> Any:
         """The network of a component, which takes parameters in full precision."""
         wiring = (self.injection,) if name == "transformer" else ()
-        return self.components[name].module(self.config(name), self.compute(name), *wiring)
+        return self.component(name).module(self.config(name), self.compute(name), *wiring)
 
     def init_params(self, name: str, key: jax.Array, *, boxed: bool = False) -> dict[str, Any]:
         """Freshly initialised parameters of a component; `boxed` leaves each in the box that holds its logical axis names."""
-        params = self.components[name].init(self.module(name), key)
+        params = self.component(name).init(self.module(name), key)
         return params if boxed else nn.meta.unbox(params)
 
     def abstract_params(self, name: str, *, boxed: bool = False) -> dict[str, Any]:
         """The nested tree of shapes and dtypes of a component's parameters, nothing allocated; `boxed`: see `init_params`."""
-        parameters = _abstract_boxed(self.components[name], self.module(name))
+        parameters = _abstract_boxed(self.component(name), self.module(name))
         return jax.tree.map(lambda x: x, parameters) if boxed else nn.meta.unbox(parameters)
 
     def with_compute(self, name: str, **changes: Any) -> Family:
@@ -237,7 +252,10 @@ class Family(abc.ABC):
         raise NotImplementedError
 
     def pooled_vision(self, params: Any, pixels: ArrayLike) -> jax.Array:
-        """CLIP's pooled state `[b, c]`, after its last norm and before any projection, of `pixels` `[b, S, S, 3]`."""
+        """The pooled state `[b, c]` of the `encoder` for `pixels` `[b, S, S, 3]`: CLIP's after its last norm and before any
+        projection, SigLIP's after its head."""
+        if self.encoder == SIGLIP:
+            return self.module(SIGLIP).apply({"params": params}, pixels)
         last = self.config("clip_vision").num_hidden_layers
         _, pooled = self.module("clip_vision").apply({"params": params}, pixels, layers=(last,))
         return pooled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dynaip_jax.families.base import Family, Preset
+from dynaip_jax.families.base import REFERENCE_ENCODER, Family, Preset
 from dynaip_jax.families.flux import Flux1
 from dynaip_jax.families.flux2 import Flux2Klein
 from dynaip_jax.layers.compute import Compute
@@ -20,9 +20,11 @@ def open_bundle(path: str | Path) -> Bundle:
     return Bundle.open(path, tuple(FAMILIES))
 
 
-def family_of(bundle: Bundle, compute: Compute = Compute(), *, reference: bool = True) -> Family:
+def family_of(
+    bundle: Bundle, compute: Compute = Compute(), *, reference: bool = True, encoder: str = REFERENCE_ENCODER
+) -> Family:
     """The family of a bundle, at its sizes; see `Family.of`."""
-    return FAMILIES[bundle.manifest["family"]].of(bundle, compute, reference=reference)
+    return FAMILIES[bundle.manifest["family"]].of(bundle, compute, reference=reference, encoder=encoder)
 
 
 def published(name: str) -> Bundle | None:

@@ -8,6 +8,7 @@ from dynaip_jax.images.preprocess import (
     CLIP_STD,
     NEUTRAL,
     clip_pixels,
+    encoder_pixels,
     mask_to_tokens,
     regions,
     square,
@@ -28,6 +29,6 @@ from dynaip_jax.images.writing import Kept, check_png_path, keep_png, save_png
 
 __all__ = [
     "CLIP_MEAN", "CLIP_STD", "FORMATS", "KINDS", "Kept", "MAX_PIXELS", "MIN_SIDE", "Mask", "NEUTRAL", "check_png_path", "clip_pixels",
-    "digest", "grid", "keep_png", "labelled", "load_image", "load_images", "load_mask", "mask_to_tokens", "named", "read_mask",
+    "digest", "encoder_pixels", "grid", "keep_png", "labelled", "load_image", "load_images", "load_mask", "mask_to_tokens", "named", "read_mask",
     "read_settings", "regions", "save_png", "several", "square", "to_uint8",
 ]  # fmt: skip

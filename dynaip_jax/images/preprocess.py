@@ -6,7 +6,7 @@ Axis letters: H, W pixels; i image tokens, row-major; s subjects.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -18,6 +18,20 @@ from dynaip_jax.errors import UserError
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 NEUTRAL = (123, 117, 104)
+
+
+class Encoder(NamedTuple):
+    """What an encoder of pictures wants of colours: they become (x / 255 - `mean`) / `std`; `neutral`: the colour that becomes 0."""
+
+    mean: Any
+    std: Any
+    neutral: tuple[int, int, int]
+
+
+ENCODERS = {  # by the names of bundles' components
+    "clip_vision": Encoder(CLIP_MEAN, CLIP_STD, NEUTRAL),
+    "siglip": Encoder(np.float32(0.5), np.float32(0.5), (128, 128, 128)),  # transformers `SiglipImageProcessor`
+}
 
 
 def mask_to_tokens(mask: Float[np.ndarray, "H W"], patch: int = 16) -> Float32[np.ndarray, " i"]:
@@ -66,8 +80,19 @@ def clip_pixels(
 
     Source: `CLIPImageProcessor` of transformers: antialiased bicubic in 8 bits, then (x / 255 - mean) / std.
     """
-    resized = Image.fromarray(square(image, mode)).resize((size, size), Image.Resampling.BICUBIC)
-    return (np.asarray(resized, np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+    return encoder_pixels(image, size, mode, "clip_vision")
+
+
+def encoder_pixels(
+    image: UInt8[np.ndarray, "H W 3"], size: int, mode: Literal["pad", "crop", "stretch"], encoder: str
+) -> Float32[np.ndarray, "{size} {size} 3"]:
+    """The input float32 `[size, size, 3]` of one of `ENCODERS` from uint8 `[H, W, 3]`; see `clip_pixels`. "stretch" resizes a picture as
+    it is, which is what `SiglipImageProcessor` does."""
+    wanted = ENCODERS[encoder]
+    if mode != "stretch":
+        image = square(image, mode, wanted.neutral if mode == "pad" else None)
+    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    return (np.asarray(resized, np.float32) / 255 - wanted.mean) / wanted.std
 
 
 def to_uint8(images: Any) -> UInt8[np.ndarray, "*shape"]:

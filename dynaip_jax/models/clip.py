@@ -16,52 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynaip_jax import schema
-from dynaip_jax.errors import UserError
-from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import SMALL, Conv, DenseGeneral, LayerNorm, embedding, linear, parameter, scanned
+from dynaip_jax.layers.basic import SMALL, embedding, parameter, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.hf import config_from_hf
-from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
+from dynaip_jax.models.towers import (
+    TowerBlock,
+    TowerConfig,
+    VisionTowerConfig,
+    patches,
+    position_table,
+    tower_norm,
+    tower_part,
+)
 
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-}
-SIDES, TOKENS = (1, 1 << 14), (1, 1 << 14)  # of a picture in pixels; of a text
 LEGACY_EOS = 2  # the wrong `eos_token_id` of old config files: there the highest id marks the end of the text
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TowerConfig:
-    """What both towers have, in transformers' field names."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        ranges = dict(vocab_size=schema.WORDS, num_hidden_layers=schema.BLOCKS, layer_norm_eps=schema.EPSILON)
-        schema.check(
-            self, eos_token_id=(0, schema.WORDS[1]), image_size=SIDES, max_position_embeddings=TOKENS, **ranges
-        )
-        if self.hidden_size % self.num_attention_heads:
-            heads = f"num_attention_heads {self.num_attention_heads}"
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r}: expected one of {tuple(ACTIVATIONS)}")
-        block = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
-        schema.check_total(self.num_hidden_layers * block)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True, kw_only=True)
-class CLIPTextConfig(_TowerConfig):
+class CLIPTextConfig(TowerConfig):
     """Sizes of the text tower, in transformers' field names and with its defaults.
 
     Raises `ValueError` for sizes that do not fit.
@@ -99,11 +71,11 @@ class CLIPTextConfig(_TowerConfig):
         `changes` are fields of ours. Raises `UserError` for another kind of model or activation and for sizes that do
         not fit.
         """
-        return config_from_hf(cls, _tower(hf, "text_config"), dict(model_type=("clip_text_model",)), changes)
+        return config_from_hf(cls, tower_part(hf, "text_config"), dict(model_type=("clip_text_model",)), changes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPVisionConfig(_TowerConfig):
+class CLIPVisionConfig(VisionTowerConfig):
     """Sizes of the vision tower, in transformers' field names and with its defaults.
 
     Images are squares of `image_size` pixels, cut in squares of `patch_size`. Raises `ValueError` for sizes that do not
@@ -116,11 +88,6 @@ class CLIPVisionConfig(_TowerConfig):
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.patch_size > self.image_size:
-            raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
     @property
     def tokens(self) -> int:
@@ -147,30 +114,7 @@ class CLIPVisionConfig(_TowerConfig):
         than 3 channels and for sizes that do not fit.
         """
         supported = dict(model_type=("clip_vision_model",), num_channels=(3,))
-        return config_from_hf(cls, _tower(hf, "vision_config"), supported, changes)
-
-
-class CLIPBlock(nn.Module):
-    """Self-attention, then the MLP, each on the normed stream `x` `[b, n, c]`; `causal`: no row sees a later one."""
-
-    config: CLIPTextConfig | CLIPVisionConfig
-    compute: Compute
-    causal: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array):
-        c, p = self.config, self.compute
-        h = _norm(c, p, "layer_norm1")(x)
-        heads = (c.num_attention_heads, c.head_dim)
-        axes = ("embed", "heads", "head_dim")
-        q, k, v = (constrain(_linear(p, heads, axes, f"{name}_proj")(h), *HEADS) for name in "qkv")
-        bias = jnp.triu(jnp.full((1, 1, x.shape[1], x.shape[1]), -jnp.inf), 1) if self.causal else None
-        attn = attention(q, k, v, bias=bias, kernel=p.attention)
-        x = x + _linear(p, c.hidden_size, ("heads", "head_dim", "embed"), "out_proj", axis=(-2, -1))(attn)
-
-        h = constrain(_linear(p, c.intermediate_size, ("embed", "mlp"), "fc1")(_norm(c, p, "layer_norm2")(x)), *WIDE)
-        x = x + _linear(p, c.hidden_size, ("mlp", "embed"), "fc2")(ACTIVATIONS[c.hidden_act](h))
-        return constrain(x, *ROWS), None
+        return config_from_hf(cls, tower_part(hf, "vision_config"), supported, changes)
 
 
 class CLIPText(nn.Module):
@@ -190,9 +134,9 @@ class CLIPText(nn.Module):
         if t > c.max_position_embeddings:
             raise ValueError(f"{t} tokens: this text encoder takes at most {c.max_position_embeddings}")
         x = embedding(c.vocab_size, c.hidden_size, name="token_embedding", **p.dtypes)(input_ids)
-        x = x + _table(self, "position_embedding", c.max_position_embeddings, c.hidden_size)[:t]
-        x, _ = scanned(CLIPBlock, c.num_hidden_layers, remat=p.remat)(c, p, causal=True, name="blocks")(x)
-        x = _norm(c, p, "final_layer_norm")(x)
+        x = x + position_table(self, "position_embedding", c.max_position_embeddings, c.hidden_size)[:t]
+        x, _ = scanned(TowerBlock, c.num_hidden_layers, remat=p.remat)(c, p, causal=True, name="blocks")(x)
+        x = tower_norm(c, p, "final_layer_norm")(x)
         ends = input_ids if c.eos_token_id == LEGACY_EOS else input_ids == c.eos_token_id
         return x, x[jnp.arange(b), jnp.argmax(ends, axis=-1)]
 
@@ -223,19 +167,17 @@ class CLIPVision(nn.Module):
         last = c.num_hidden_layers
         if not layers or not all(0 <= n <= last for n in layers):
             raise ValueError(f"layers {tuple(layers)}: this vision encoder has {last} blocks, so expected 0 to {last}")
-        shape = (c.image_size, c.image_size, 3)
-        if pixel_values.shape[1:] != shape:
-            raise ValueError(f"images of shape {pixel_values.shape[1:]}: expected {shape}, channels last")
+        c.check_pixels(pixel_values)
 
-        x = _with_class_token(self, _patches(c, p)(pixel_values))
-        x = _norm(c, p, "pre_layernorm")(x + _table(self, "position_embedding", c.tokens, c.hidden_size))
-        blocks = scanned(CLIPBlock, last, remat=p.remat)(c, p, name="blocks")
-        post_layernorm = _norm(c, p, "post_layernorm")
+        x = _with_class_token(self, patches(c, p)(pixel_values))
+        x = tower_norm(c, p, "pre_layernorm")(x + position_table(self, "position_embedding", c.tokens, c.hidden_size))
+        blocks = scanned(TowerBlock, last, remat=p.remat)(c, p, name="blocks")
+        post_layernorm = tower_norm(c, p, "post_layernorm")
         if self.is_initializing():  # parameters for every block and the last norm, whatever is asked for
             post_layernorm(blocks(x)[0])
 
         stacked: Any = self.get_variable("params", "blocks")
-        block = scanned(CLIPBlock, 1, remat=p.remat)(c, p, parent=None)
+        block = scanned(TowerBlock, 1, remat=p.remat)(c, p, parent=None)
         wanted = np.asarray(layers)[:, None, None, None]
 
         def step(carry, n):
@@ -251,40 +193,6 @@ class CLIPVision(nn.Module):
     def inputs_spec(config: CLIPVisionConfig, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the array arguments of `__call__`, by name."""
         return dict(pixel_values=jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, 3), jnp.float32))
-
-
-def _tower(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The part of a two-tower config under `key`. In old files `{key}_dict` takes its place, as in transformers."""
-    if hf.get("model_type") != "clip" and key not in hf:
-        return hf
-    part: Any = next((hf[k] for k in (f"{key}_dict", key) if hf.get(k) is not None), {})
-    if not isinstance(part, Mapping):
-        raise UserError(f"{key}: found {type(part).__name__}; expected an object; download it again")
-    return part
-
-
-def _linear(p: Compute, features, axes, name: str, axis=-1) -> DenseGeneral:
-    return linear(features, axes, name=name, axis=axis, **p.dtypes)
-
-
-def _norm(c: _TowerConfig, p: Compute, name: str) -> LayerNorm:
-    return LayerNorm(eps=c.layer_norm_eps, param_dtype=p.param_dtype, name=name)
-
-
-def _table(module: nn.Module, name: str, rows: int, width: int) -> jax.Array:
-    """A parameter `[rows, width]` with a row for each position, in the compute dtype."""
-    p = module.compute  # type: ignore[attr-defined]
-    return parameter(module, name, SMALL, (None, "embed"), (rows, width), p.param_dtype).astype(p.dtype)
-
-
-def _patches(c: CLIPVisionConfig, p: Compute) -> Conv:
-    """Pixels `[b, H, W, 3]` -> one vector for each patch `[b, rows, columns, c]`."""
-    size = (c.patch_size, c.patch_size)
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "channels", "embed"))
-    return Conv(
-        c.hidden_size, size, strides=size, padding="VALID", use_bias=False, **p.dtypes,
-        kernel_init=init, name="patch_embedding",
-    )  # fmt: skip
 
 
 def _with_class_token(module: nn.Module, patches: jax.Array) -> jax.Array:

@@ -15,8 +15,7 @@ import numpy as np
 
 from dynaip_jax import images
 from dynaip_jax.adapters.base import AdapterConfig
-from dynaip_jax.adapters.dynaip import DynaIP
-from dynaip_jax.adapters.ip_adapter import IPAdapter, IPAdapterConfig
+from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.tokenizers import Tokenizers
@@ -101,27 +100,33 @@ def make_image_prompt(
     """What the adapter makes of `pixels` `[b, s, S, S, 3]`: the `ImagePrompt`, and DynaIP's routing weights `[b, s, 3]` (None: another
     adapter, which has none). `options`: see `DynaIP`."""
     b, s = pixels.shape[:2]
-    flat, compute = pixels.reshape(b * s, *pixels.shape[2:]), family.compute("clip_vision")
-    if isinstance(config, IPAdapterConfig):
+    flat, compute = pixels.reshape(b * s, *pixels.shape[2:]), family.compute(family.encoder)
+    if not isinstance(config, DynaIPConfig):
         pooled = family.pooled_vision(vision_params, flat)
-        embedding = (pooled @ params[CLIP_PROJECTION]["kernel"].astype(pooled.dtype)).reshape(b, s, -1)
+        if CLIP_PROJECTION in params:
+            pooled = pooled @ params[CLIP_PROJECTION]["kernel"].astype(pooled.dtype)
         own = {name: value for name, value in options.items() if name != "granularity"}
-        other: Any = IPAdapter(config, compute)
-        return other.apply({"params": params["adapter"]}, embedding, **own), None
+        other: Any = config.module(compute)
+        return other.apply({"params": params["adapter"]}, pooled.reshape(b, s, -1), **own), None
     levels = family.vision(vision_params, flat, config.hmoe.levels)
     features = [level.reshape(b, s, *level.shape[1:]) for level in levels]
     adapter: Any = DynaIP(config, compute)
     return adapter.apply({"params": params}, features, **options)
 
 
-def reference_pixels(references: Sequence[np.ndarray], size: int, fit: Any) -> np.ndarray:
-    """CLIP's input float32 `[s, size, size, 3]` of pictures uint8 `[H, W, 3]`."""
-    return np.stack([images.clip_pixels(picture, size, fit) for picture in references])
+def reference_pixels(family: Family, references: Sequence[np.ndarray], fit: Any) -> np.ndarray:
+    """The encoder's input float32 `[s, size, size, 3]` of pictures uint8 `[H, W, 3]`."""
+    size, encoder = family.config(family.encoder).image_size, family.encoder
+    return np.stack([images.encoder_pixels(picture, size, fit, encoder) for picture in references])
 
 
 def adapter_options(options: SampleOptions, **places: np.ndarray | None) -> dict[str, Any]:
     """What the adapter is told, as float32 arrays; `places`: `region` or `words`."""
-    told = dict(image_gain=options.image_scale, text_gain=options.text_gain, granularity=options.granularity) | places
+    told: dict[str, Any] = dict(image_gain=options.image_scale, text_gain=options.text_gain)
+    if options.block_scale is not None:
+        blocks = np.asarray(options.block_scale, np.float32)[:, None, None]
+        told = {name: blocks * np.asarray(gain, np.float32) for name, gain in told.items()}
+    told |= dict(granularity=options.granularity) | places
     return {name: None if value is None else jnp.asarray(value, jnp.float32) for name, value in told.items()}
 
 

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from dynaip_jax import choices, reading
 from dynaip_jax.adapters.base import AdapterConfig
 from dynaip_jax.adapters.dynaip import DynaIPConfig, abstract_adapter_params
-from dynaip_jax.adapters.ip_adapter import abstract_ip_adapter_params
+from dynaip_jax.adapters.ip_adapter import IPAdapterConfig, abstract_ip_adapter_params
 from dynaip_jax.errors import OutOfMemory, UserError, reason
-from dynaip_jax.families.base import Family
+from dynaip_jax.families.base import REFERENCE_ENCODER, Family
 from dynaip_jax.families.quantize import quantized, weights_model
 from dynaip_jax.families.registry import family_of, open_bundle
 from dynaip_jax.families.tokenizers import Tokenizers
@@ -27,7 +27,7 @@ from dynaip_jax.runtime import memory
 from dynaip_jax.runtime.sharding import MeshConfig, abstract, make_mesh, on_host, on_one_device
 from dynaip_jax.sampling.conditions import CLIP_PROJECTION
 from dynaip_jax.sampling.loras import Given, LoRA, merged, read_loras, record
-from dynaip_jax.sampling.public_adapters import clip_projection, open_public, read_public
+from dynaip_jax.sampling.public_adapters import PublicFile, clip_projection
 from dynaip_jax.sampling.settings import made_with
 from dynaip_jax.storage.adapter import read_adapter_manifest, read_adapter_weights
 from dynaip_jax.storage.bundle import Bundle
@@ -85,17 +85,18 @@ class Opened(NamedTuple):
         return remedies(self.model.family, self.offload_text)
 
     def _adapter(self, path: str | Path, config: AdapterConfig) -> dict[str, Any]:
-        compute = self.model.family.compute("clip_vision")
+        compute = self.model.family.compute(self.model.family.encoder)
         if isinstance(config, DynaIPConfig):
             boxed = abstract_adapter_params(config, compute, boxed=True)
             return read_adapter_weights(path, self._target(boxed), verify=self.verify)
+        target = self._target(abstract_ip_adapter_params(config, compute))
+        params = {"adapter": PublicFile.open(path).read(config, target)}
+        if not isinstance(config, IPAdapterConfig):
+            return params
         bundle, sizes = self.model.bundle, clip_projection(self.model.bundle)
         matrix = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(sizes, compute.param_dtype), names=("embed", None))
-        target = self._target({"kernel": matrix})
-        return {
-            CLIP_PROJECTION: bundle.load(CLIP_PROJECTION, target, verify=self.verify),
-            "adapter": read_public(path, config, self._target(abstract_ip_adapter_params(config, compute))),
-        }
+        projection = bundle.load(CLIP_PROJECTION, self._target({"kernel": matrix}), verify=self.verify)
+        return params | {CLIP_PROJECTION: projection}
 
     def _components(self) -> dict[str, Any]:
         family, bundle = self.model.family, self.model.bundle
@@ -150,13 +151,15 @@ def open_model(
         warnings.warn(f"{bundle}: files are not compared with their checksums (verify=False)", stacklevel=3)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     compute = Compute(dtype=kind, param_dtype=kind, attention=attention, weights=weights)
-    family = family_of(opened, compute, reference=adapter is not None)
+    public = PublicFile.open(adapter) if adapter is not None and reading.is_file(as_path(adapter)) else None
+    encoder = REFERENCE_ENCODER if public is None else public.kind.encoder
+    family = family_of(opened, compute, reference=adapter is not None, encoder=encoder)
     weights_model(family)  # if it needs qwix and that is not here, says so before anything is read
     config: AdapterConfig | None = None
-    if adapter is not None and reading.is_file(as_path(adapter)):
+    if public is not None:
         if any_base:
             raise UserError("`any_base`: the `adapter` is a file that belongs to no one base; leave it out")
-        config = open_public(adapter, opened, family)
+        config = public.config(opened, family)
     elif adapter is not None:
         config = read_adapter_config(adapter, opened, family, any_base)
     if config is not None:

@@ -67,7 +67,7 @@ class SampleOptions:
         reference=True,
         choices=choices.REGIONS,
     )
-    fit: Literal["pad", "crop"] = option(
+    fit: Literal["pad", "crop", "stretch"] = option(
         "pad", "text", "how a reference that is not square becomes so", reference=True, choices=choices.FITS
     )
     image_scale: Gain = option(
@@ -75,6 +75,13 @@ class SampleOptions:
     )
     text_gain: Gain = option(
         0.0, "numbers", "strength in the text branch, for all subjects or one each (0 = DDS)", unit="X", reference=True
+    )
+    block_scale: tuple[float, ...] | None = option(
+        None,
+        "numbers",
+        "factors of both strengths, one for each block that the adapter acts in, double blocks first (default: 1 in all)",
+        unit="X",
+        reference=True,
     )
     granularity: Levels | tuple[Levels, ...] | None = option(
         None,
@@ -103,8 +110,10 @@ class SampleOptions:
             elif f.default is not None:
                 raise UserError(f"`{f.name}` None: expected a value, such as {f.default}; leave it out for that")
         for name in ("image_scale", "text_gain"):
-            if isinstance(gain := getattr(self, name), tuple) and any(isinstance(x, tuple) for x in gain):
+            if isinstance(gain := getattr(self, name), tuple) and not _is_flat(gain):
                 raise UserError(f"`{name}` {shown(gain)}: expected one number, or one for each reference")
+        if self.block_scale is not None and not _is_flat(self.block_scale):
+            raise UserError(f"`block_scale` {shown(self.block_scale)}: expected numbers, one for each block")
         _check_granularity(self.granularity)
         if not 0 <= self.image_start < self.image_end <= 1:
             raise UserError(
@@ -265,10 +274,14 @@ def _check_limits(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UserError(f"`{name}` {value}: expected a positive number, such as 0.1")
 
 
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, tuple) and not any(isinstance(x, tuple) for x in value)
+
+
 def _check_granularity(value: Any) -> None:
     rows = () if value is None else value if isinstance(value, tuple) and isinstance(value[0], tuple) else (value,)
     for row in rows:
-        levels = row if isinstance(row, tuple) and not any(isinstance(x, tuple) for x in row) else ()
+        levels = row if _is_flat(row) else ()
         if len(levels) != 3 or min(levels) < 0 or sum(levels) <= 0:
             raise UserError(
                 f"`granularity` {shown(value)}: expected three non-negative numbers (low, mid, high), not all zero"

@@ -121,7 +121,7 @@ class DynaIPPipeline:
         verify: bool = True,
         loras: Given = (),
     ) -> DynaIPPipeline:
-        """Reads a bundle and, if given, an adapter made for it: a folder, or XLabs' file.
+        """Reads a bundle and, if given, an adapter made for it: a folder, or a file of XLabs or InstantX.
 
         `dtype`: "float32" or "bfloat16", of weights and activations; None = float32 on CPU, bfloat16 elsewhere. The VAE decodes
         in float32 always. `any_base` accepts an adapter trained on another base of the same sizes. `mesh`: the devices that share
@@ -271,15 +271,14 @@ class DynaIPPipeline:
         config, params = self.adapter
         options = {k: None if v is None else jnp.asarray(v, jnp.float32) for k, v in options.items()}
         with on_mesh(self.mesh):
-            return make_image_prompt(self.family, config, self._params["clip_vision"], params, pixels, options)
+            return make_image_prompt(self.family, config, self._params[self.family.encoder], params, pixels, options)
 
     def _image_prompt(self, request: Request) -> tuple[ImagePrompt | None, np.ndarray | None]:
         """The image prompt of all pictures, or one with words of each prompt, and routing weights `[s, 3]`; None without references."""
         references = request.subjects.references
         if not references:
             return None, None
-        size = self.family.config("clip_vision").image_size
-        pixels = reference_pixels(references, size, request.options.fit)[None]
+        pixels = reference_pixels(self.family, references, request.options.fit)[None]
         image_prompt, weights = self.image_prompt(pixels, **adapter_options(request.options, **request.where))
         if weights is None:
             return image_prompt, None

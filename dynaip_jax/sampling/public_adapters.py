@@ -2,84 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dynaip_jax.adapters.ip_adapter import BLOCK, PROJECTION, IPAdapterConfig
+from dynaip_jax.adapters.base import PublicConfig
+from dynaip_jax.adapters.instantx import InstantXConfig
+from dynaip_jax.adapters.ip_adapter import IPAdapterConfig
 from dynaip_jax.adapters.lora_file import as_float32
 from dynaip_jax.errors import UserError, reason, shortened
 from dynaip_jax.families.base import Family
 from dynaip_jax.sampling.conditions import CLIP_PROJECTION
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.folders import as_path
+from dynaip_jax.storage.pickled import Pickled
 from dynaip_jax.storage.tensors import TensorFile, check_weights
 
+ROWS = 4096  # of a matrix that are in memory in float32
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+CONFIGS: tuple[type[PublicConfig], ...] = (IPAdapterConfig, InstantXConfig)
 OTHERS = (  # what a name of a tensor starts with -> what the file is
     (("pulid_encoder.", "pulid_ca."), "a PuLID adapter, which reads faces"),
     (("redux_up.", "redux_down."), "a Redux model"),
     (("controlnet_", "input_hint_block."), "a ControlNet"),
-    (("image_proj.proj.0.", "ip_adapter.0.to_k_ip"), "an InstantX adapter, which reads SigLIP's features"),
     (("image_proj.", "ip_adapter."), "an image-prompt adapter of another backbone"),
 )
-EXPECTED = "expected XLabs' image-prompt adapter (ip_adapter.safetensors), or a folder that train.export writes"
+EXPECTED = "expected XLabs' or InstantX's image-prompt adapter, or a folder that train.export writes"
 
 
-def open_public(path: str | Path, bundle: Bundle, family: Family) -> IPAdapterConfig:
-    """The config of an adapter in a file of others, read off its header. Raises `UserError` for another kind of file, for one of another
-    base, and for a bundle without the CLIP that it reads."""
-    where, file = f"`adapter` {path}", _open(path)
-    if f"{PROJECTION}.proj.weight" not in file:
-        raise UserError(f"{where}: {_kind(list(file))}; {EXPECTED}")
-    shapes = {name: tuple(file.shape(name)) for name in file}
-    try:
-        config = IPAdapterConfig.of_shapes(shapes, family.sites)
-    except (KeyError, ValueError, IndexError) as e:
-        raise UserError(f"{where}: shapes fit no XLabs adapter ({reason(e)}); download it again") from e
-    expected = config.shapes()
+class PublicFile(NamedTuple):
+    """An adapter's file: its tensors, whose it is, and what errors call it."""
+
+    tensors: Any
+    kind: type[PublicConfig]
+    where: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> PublicFile:
+        """Whose adapter a file is. Raises `UserError` for another kind of file."""
+        where, file = f"`adapter` {path}", as_path(path)
+        pickled = file.suffix in PICKLES and isinstance(file, Path)
+        tensors: Any = Pickled([file]) if pickled else TensorFile(file)
+        kind = next((kind for kind in CONFIGS if kind.mark in tensors), None)
+        if kind is None:
+            raise UserError(f"{where}: {_kind(list(tensors))}; {EXPECTED}")
+        return cls(tensors, kind, where)
+
+    def config(self, bundle: Bundle, family: Family) -> PublicConfig:
+        """Its config, read off the shapes. Raises `UserError` for an adapter of another base, and for a bundle whose encoder of reference
+        pictures is not what it reads."""
+        where, shapes = self.where, {name: tuple(self.tensors.shape(name)) for name in self.tensors}
+        try:
+            config = self.kind.of_shapes(shapes, family.sites)
+        except (KeyError, ValueError, IndexError, ArithmeticError) as e:
+            raise UserError(f"{where}: shapes fit no {self.kind.maker} adapter ({reason(e)}); download it again") from e
+        _check_shapes(where, shapes, config.shapes(), family)
+        for what, made, found in (
+            ("dual-stream blocks", config.depth, family.sites.double),
+            ("single-stream blocks", getattr(config, "depth_single_blocks", family.sites.single), family.sites.single),
+        ):
+            if made != found:
+                raise UserError(f"{where}: made for {made} {what}, the model has {found}; use an adapter for this base")
+        for name in self.tensors:
+            check_weights(where, name, self.tensors.dtype(name))
+        _check_encoder(where, config, bundle, family)
+        return config
+
+    def read(self, config: PublicConfig, target: Any) -> dict[str, Any]:
+        """The adapter's tree in the dtypes and shardings of `target`. Raises `UserError` for values that are not finite."""
+        dtype = jax.tree.leaves(target)[0].dtype
+
+        def read(name: str, *shape: int) -> np.ndarray:
+            stored = self.tensors.shape(name)
+            x = np.empty(stored[::-1], dtype)
+            for start in range(0, stored[0], ROWS):
+                rows = slice(start, start + ROWS)
+                x[..., rows] = as_float32(self.tensors.part(name, (rows,)), self.where, name).T
+            return x.reshape(shape)
+
+        return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), config.tree(read), target)
+
+
+def _check_shapes(where: str, shapes: Mapping[str, Any], expected: Mapping[str, Any], family: Family) -> None:
     if wrong := sorted(dict(set(shapes.items()) ^ set(expected.items()))):
         name, inner = wrong[0], family.sites.heads * family.sites.head_dim
         raise UserError(
             f"{where}: {len(wrong)} tensors do not fit, the first {shortened(name, 80)}: found {shapes.get(name)}, expected "
             f"{expected.get(name)} for a base of width {inner}; use an adapter for this base"
         )
-    if config.depth != family.sites.double:
-        raise UserError(
-            f"{where}: made for {config.depth} dual-stream blocks, the model has {family.sites.double}; use an adapter for this base"
-        )
-    for name in file:
-        check_weights(where, name, file.dtype(name))
-    _check_clip(where, config, bundle, family)
-    return config
-
-
-def read_public(path: str | Path, config: IPAdapterConfig, target: Any) -> dict[str, Any]:
-    """The adapter's tree in the dtypes and shardings of `target`. Raises `UserError` for values that are not finite."""
-    where, file, c = f"`adapter` {path}", _open(path), config
-
-    def read(name: str, *shape: int) -> np.ndarray:
-        x = as_float32(file[name], where, name)
-        return (x.T if x.ndim == 2 else x).reshape(shape)
-
-    def stacked(kind: str, end: str, *shape: int) -> np.ndarray:
-        return np.stack([read(f"{BLOCK.format(n, kind)}.{end}", *shape) for n in range(c.depth)])
-
-    heads = (c.num_heads, c.head_dim)
-    tree = dict(
-        proj=dict(
-            kernel=read(f"{PROJECTION}.proj.weight", c.embedding, c.tokens, c.width),
-            bias=read(f"{PROJECTION}.proj.bias", c.tokens, c.width),
-        ),
-        norm=dict(scale=read(f"{PROJECTION}.norm.weight", c.width), bias=read(f"{PROJECTION}.norm.bias", c.width)),
-        key=stacked("k", "weight", c.width, *heads),
-        key_bias=stacked("k", "bias", *heads),
-        value=stacked("v", "weight", c.width, *heads),
-        value_bias=stacked("v", "bias", *heads),
-    )
-    return jax.tree.map(lambda x, t: jax.device_put(jnp.asarray(x, t.dtype), t.sharding), tree, target)
 
 
 def clip_projection(bundle: Bundle) -> tuple[int, int]:
@@ -96,20 +109,16 @@ def clip_projection(bundle: Bundle) -> tuple[int, int]:
     return sizes
 
 
-def _check_clip(where: str, config: IPAdapterConfig, bundle: Bundle, family: Family) -> None:
-    width, embedding = clip_projection(bundle)
-    if (width, embedding) != (family.config("clip_vision").hidden_size, config.embedding):
+def _check_encoder(where: str, config: PublicConfig, bundle: Bundle, family: Family) -> None:
+    """Raises `UserError` unless the bundle's encoder gives what the adapter reads."""
+    width = family.config(family.encoder).hidden_size
+    pooled, given = clip_projection(bundle) if isinstance(config, IPAdapterConfig) else (width, width)
+    if (pooled, given) != (width, config.embedding):
+        public = dict(clip_vision="openai/clip-vit-large-patch14", siglip="google/siglip-so400m-patch14-384")
         raise UserError(
-            f"{where}: reads CLIP's embedding of {config.embedding} numbers (openai/clip-vit-large-patch14), the model's CLIP gives "
-            f"{embedding}; convert the model again with that --clip-vision"
+            f"{where}: reads {config.reads} of {config.embedding} numbers ({public[config.encoder]}), the model's encoder gives "
+            f"{given}; convert the model again with that --clip-vision"
         )
-
-
-def _open(path: str | Path) -> TensorFile:
-    file = as_path(path)
-    if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise UserError(f"`adapter` {path}: a pickle by its name; expected safetensors; {EXPECTED}")
-    return TensorFile(file)
 
 
 def _kind(names: list[str]) -> str:

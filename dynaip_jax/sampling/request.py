@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynaip_jax.adapters.ip_adapter import IPAdapterConfig
+from dynaip_jax.adapters.dynaip import DynaIPConfig
 from dynaip_jax.errors import UserError
 from dynaip_jax.sampling.conditions import Picture, Subjects, places
 from dynaip_jax.sampling.natives import Natives
@@ -182,8 +182,13 @@ def _check(model: Described, subjects: Subjects, options: SampleOptions) -> str:
         raise UserError("`references`: no adapter is loaded; pass `adapter`, or leave the references out")
     if model.adapter is not None and not subjects.references:
         raise UserError("`adapter`: no reference picture to use it on; pass `references`, or leave the adapter out")
-    if options.granularity is not None and isinstance(model.adapter, IPAdapterConfig):
-        raise UserError("`granularity`: this adapter reads CLIP's embedding, which has no levels; leave it out")
+    if options.granularity is not None and model.adapter is not None and not isinstance(model.adapter, DynaIPConfig):
+        raise UserError(f"`granularity`: this adapter reads {model.adapter.reads}, which has no levels; leave it out")
+    blocks, adapter = options.block_scale, model.adapter
+    if blocks is not None and adapter is not None and len(blocks) != adapter.injected:
+        raise UserError(
+            f"`block_scale`: {len(blocks)} numbers; expected {adapter.injected}, one for each block that the adapter acts in"
+        )
     mode = subjects.regions(options.regions)
     options.check_gains(len(subjects.references))
     return mode

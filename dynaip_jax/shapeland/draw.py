@@ -71,8 +71,7 @@ def _image_prompt(
     pipe: DynaIPPipeline, cases: Cases, setting: Setting, options: SampleOptions, numbers: np.ndarray
 ) -> ImagePrompt:
     """The image prompts of a batch of cases."""
-    size = pipe.family.config("clip_vision").image_size
-    pixels = np.stack([reference_pixels(list(cases.references[n]), size, options.fit) for n in numbers])
+    pixels = np.stack([reference_pixels(pipe.family, list(cases.references[n]), options.fit) for n in numbers])
     places: dict[str, np.ndarray] = {}
     if pixels.shape[1] > 1 and setting.region == "auto":
         scenes = [cases.scenes[n] for n in numbers]

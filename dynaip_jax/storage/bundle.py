@@ -119,7 +119,8 @@ class Bundle:
     def config(self, name: str, config_class: type) -> Any:
         """The config of a component as `config_class`. Raises `UserError` if the bundle lacks it or the fields do not fit."""
         if name not in self.manifest["components"]:
-            source = "--clip-vision CLIP_FOLDER" if name == "clip_vision" else f"a --source that has its {name}"
+            encoders = dict(clip_vision="--clip-vision CLIP_FOLDER", siglip="--clip-vision SIGLIP_FOLDER")
+            source = encoders.get(name, f"a --source that has its {name}")
             raise UserError(
                 f"{self.path}: has no {name} (only {', '.join(self.manifest['components'])}); convert the model again with {source}"
             )

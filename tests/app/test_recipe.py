@@ -158,7 +158,7 @@ def settings_file(path, tiny, **changes):
 OPTIONS = dict(
     negative_prompt="", true_cfg=3.0, height=64, width=48, steps=7, guidance=1.5, seed=11, num_images=3, cache_threshold=0.1, regions="none",
     fit="crop", image_scale=(0.1, 0.2), text_gain=0.3, granularity=((1.0, 0.0, 0.1), (0.0, 1e-05, 1.0)), merge="concat", image_start=0.25,
-    image_end=0.75,
+    image_end=0.75, block_scale=(0.5, 0.0),
 )  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def test_every_option_is_taken_over_and_can_be_changed(tiny, tmp_path, name):
         "fit": "pad",
         "merge": "sum",
         "granularity": (1.0, 1.0, 1.0),
+        "block_scale": (1.0,),
         "negative_prompt": "dull",
     }.get(name, 1)
     words = [f"--{name.replace('_', '-')}", *(other if isinstance(other, tuple) else (other,))]

@@ -64,6 +64,14 @@ def test_clip_pixels_are_those_of_transformers(name, size):
     assert np.abs(ours - expected).max() <= 1e-5
 
 
+def test_siglip_pixels_are_those_of_transformers(photo):
+    kind = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
+    theirs = kind(size={"height": 384, "width": 384})(Image.fromarray(photo))["pixel_values"][0]
+    ours = images.encoder_pixels(photo, 384, "stretch", "siglip")
+    assert np.abs(ours - np.moveaxis(np.asarray(theirs), 0, -1)).max() <= 1e-5
+    assert np.abs(images.encoder_pixels(photo, 384, "pad", "siglip")[:50]).max() < 0.01
+
+
 def test_padding_is_neutral_to_clip_and_cropping_is_without(photo):
     padded = images.clip_pixels(photo, mode="pad")
     assert np.abs(padded[:30]).max() < 0.01 < np.abs(padded[100]).max()

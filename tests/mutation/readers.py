@@ -82,7 +82,7 @@ class Safetensors(Reader):
         }
         tensors |= {"scale": np.ones((), np.float32), "none": np.zeros((0, 4), np.float32)}
         tensors |= {"half": rng.normal(size=4).astype(ml_dtypes.bfloat16)}
-        save_file(tensors, folder / "a.safetensors", metadata=dict(format="pt"))
+        save_file(tensors, folder / "a.safetensors", metadata=dict(note='{"made": [1, "x"]}'))
 
     def mutate(self, rng, good, folder):
         data = (good / "a.safetensors").read_bytes()
@@ -917,6 +917,40 @@ class Loras(Reader):
         return None
 
 
+class PublicAdapters(Loras):
+    """An image-prompt adapter in InstantX's file: the same mutants; read as a pipeline that is loaded with it does."""
+
+    def make(self, folder):
+        from safetensors.numpy import save_file
+
+        from dynaip_jax.adapters.instantx import InstantXConfig
+
+        shapes = InstantXConfig(3, 8, 36, 12, 2, 2, 4, 16).shapes()
+        rng = np.random.default_rng(0)
+        tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        save_file(tensors, folder / "a.safetensors", metadata=dict(note='{"made": [1, "x"]}'))
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def family():
+        from dynaip_jax.models.siglip import SiglipVisionConfig
+        from dynaip_jax.testing import tiny_family
+
+        return tiny_family(siglip=SiglipVisionConfig.tiny())
+
+    def read(self, folder):
+        import flax.linen as nn
+
+        from dynaip_jax.adapters.ip_adapter import abstract_ip_adapter_params
+        from dynaip_jax.runtime.sharding import on_one_device
+        from dynaip_jax.sampling.public_adapters import PublicFile
+        from dynaip_jax.storage.bundle import Bundle
+
+        file = PublicFile.open(folder / "a.safetensors")
+        config = file.config(Bundle(folder, dict(components={})), self.family())
+        return digest(file.read(config, on_one_device(nn.meta.unbox(abstract_ip_adapter_params(config)))))
+
+
 def unflatten(leaves):
     from flax.traverse_util import unflatten_dict
 
@@ -928,5 +962,5 @@ READERS: dict[str, Callable[[], Reader]] = dict(
     bundle_folder=BundleFolder, old_bundle_folder=OldBundleFolder, transformer_config=TransformerConfig, vae_config=VAEConfigFile,
     t5_config=T5ConfigFile, clip_text_config=CLIPTextConfigFile, clip_vision_config=CLIPVisionConfigFile, schedule=Schedule,
     npy=Npy, msgpack=Msgpack, gguf=GGUF, pictures=Pictures, features=Features, old_features=OldFeatures, datasets=Datasets, sources=Sources, tokenizer=Tokenizer,
-    loras=Loras,
+    loras=Loras, public_adapters=PublicAdapters,
 )  # fmt: skip

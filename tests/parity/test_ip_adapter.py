@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from dynaip_jax.adapters.ip_adapter import BLOCK, PROJECTION, IPAdapter, IPAdapterConfig, abstract_ip_adapter_params
 from dynaip_jax.models.flux import Flux
 from dynaip_jax.runtime.sharding import on_one_device
-from dynaip_jax.sampling.public_adapters import read_public
+from dynaip_jax.sampling.public_adapters import PublicFile
 from dynaip_jax.storage.tensors import TensorFile
 from dynaip_jax.types import Sites
 from tests.parity.test_flux import assert_close, inputs, torch_model
@@ -59,7 +59,7 @@ class Both:
         self.config = IPAdapterConfig.of_shapes({name: tuple(file.shape(name)) for name in file}, SITES)
         assert (self.config.tokens, self.config.width) == (tokens, width)
         target = on_one_device(nn.meta.unbox(abstract_ip_adapter_params(self.config)))
-        self.adapter = read_public(path, self.config, target)
+        self.adapter = PublicFile.open(path).read(self.config, target)
         loaded = copy.deepcopy(self.model)
         parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
         self.pipe = FluxPipeline(**parts, transformer=loaded)
@@ -89,6 +89,36 @@ class Both:
 @pytest.fixture(scope="module", params=[(4, 20), (16, 4096)], ids=["v1", "v2"])
 def both(request, tmp_path_factory):
     return Both(tmp_path_factory.mktemp("xlabs"), *request.param)
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_full_size_names_and_shapes(tokens):
+    """What torch's own modules are called, each used exactly once."""
+    with torch.device("meta"):
+        proj, norm, kv = torch.nn.Linear(768, tokens * 4096), torch.nn.LayerNorm(4096), torch.nn.Linear(4096, 3072)
+    modules = {f"{PROJECTION}.proj": proj, f"{PROJECTION}.norm": norm}
+    modules |= {BLOCK.format(n, kind): kv for n in range(19) for kind in "kv"}
+    named = {f"{m}.{n}": tuple(x.shape) for m, layer in modules.items() for n, x in layer.state_dict().items()}
+    config = IPAdapterConfig.of_shapes(named, Sites(19, 38, 24, 128, 3072))
+    assert len(named) == 80 and config == IPAdapterConfig(tokens) and config.shapes() == named
+    assert_used_once(config, named)
+
+
+def assert_used_once(config, named):
+    """Every tensor of `named` (name -> shape) is read once, for a leaf of the adapter's own shape; nothing is allocated."""
+    read = []
+
+    def reader(name, *shape):
+        read.append(name)
+        assert np.prod(shape) == np.prod(named[name])
+        return np.broadcast_to(np.zeros((), np.float16), shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "stack", lambda rows: np.broadcast_to(rows[0], (len(rows), *rows[0].shape)))
+        tree = config.tree(reader)
+    assert sorted(read) == sorted(named)
+    expected = nn.meta.unbox(abstract_ip_adapter_params(config))
+    assert jax.tree.map(np.shape, tree) == jax.tree.map(lambda x: x.shape, expected)
 
 
 def embeddings(pictures):

@@ -85,7 +85,8 @@ def test_words_that_no_encoder_knows(lines, monkeypatch):
 
 
 OTHER = dict(
-    regions="none", fit="crop", image_scale=0.5, text_gain=1.0, granularity=(1, 0, 0), merge="sum", image_start=0.5, image_end=0.5
+    regions="none", fit="crop", image_scale=0.5, text_gain=1.0, granularity=(1, 0, 0), merge="sum", image_start=0.5, image_end=0.5,
+    block_scale=(1.0, 0.5),
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Files of weights as people have them: known by what they hold, read right, or refused by their names."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,12 +12,16 @@ from safetensors.numpy import save_file
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from dynaip_jax.models.flux import FluxConfig
+from dynaip_jax.models.siglip import SiglipVisionConfig
 from dynaip_jax.models.t5 import T5Config
+from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.testing import _tokenizers
+from tests.mutation.readers import TransformerConfig
 from tests.tools.test_convert import HEAD, convert, random_tensors
 from tests.tools.test_strictness import source  # noqa: F401  (a fixture)
-from tools.convert_torch_weights import clip, clip_files, flux, hub, opening, quantised, t5
+from tools.convert_torch_weights import clip, clip_files, engine, flux, hub, opening, quantised, siglip, t5, vae
 from tools.convert_torch_weights.flux_layout import LAYOUT, single
 from tools.convert_torch_weights.gguf_file import GGUFFile
 from tools.convert_torch_weights.sources import Sources
@@ -203,6 +208,54 @@ def test_other_models_are_refused_by_name(tmp_path, capsys, names, said):
     assert convert("--source", tmp_path / "f.safetensors", "--out", tmp_path / "b", "--dry-run") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"this is {said}" in line
+
+
+def test_other_numbers_of_blocks_and_rotary_axes_are_taken_or_refused(tmp_path, capsys):
+    """A folder's config says which, and has to fit; a file without one has its blocks counted, and no axes but FLUX.1's."""
+    part, axes = TransformerConfig(), [8, 4, 4]
+    part.make(tmp_path)
+    file = tmp_path / part.component / "config.json"
+    given = json.loads(file.read_text())
+    file.write_text(json.dumps(given | dict(axes_dims_rope=axes)))
+    assert convert("--source", file.parent, "--out", tmp_path / "b") == 0
+    config = Bundle.open(tmp_path / "b", ("flux",)).config("transformer", FluxConfig)
+    assert list(config.axes_dim) == axes and config.depth == given["num_layers"]
+    capsys.readouterr()
+    for changes, said in (
+        (
+            dict(axes_dims_rope=[4, 6, 8]),
+            "axes_dim (4, 6, 8): expected even numbers that add up to the head size 16",
+        ),
+        (dict(num_layers=given["num_layers"] + 1), "missing: transformer_blocks."),
+        (dict(num_single_layers=0), "unexpected: single_transformer_blocks."),
+    ):
+        file.write_text(json.dumps(given | changes))
+        assert convert("--source", file.parent, "--out", tmp_path / "c") == 2
+        assert said in capsys.readouterr().err
+    for depth, singles in ((3, 1), (2, 4)):
+        other = dataclasses.replace(HEAD, depth=depth, depth_single_blocks=singles)
+        shapes = engine.source_shapes(flux.table(other, "bfl"))
+        assert flux.config_from_shapes(shapes, "bfl") == other
+        with pytest.raises(UserError, match="without gaps"):
+            flux.config_from_shapes(shapes | {"double_blocks.9.a": ()}, "bfl")
+    wide = engine.source_shapes(flux.table(dataclasses.replace(HEAD, hidden_size=96, axes_dim=(16, 40, 40)), "bfl"))
+    with pytest.raises(UserError, match="split into rotary axes.*convert it from a diffusers folder"):
+        flux.config_from_shapes(wide, "bfl")
+
+
+def test_siglip_goes_beside_clip(tmp_path, capsys):
+    """Alone it is said what it is for."""
+    config = SiglipVisionConfig.tiny(hidden_size=72, num_attention_heads=1)
+    save_file(random_tensors(siglip.table(config, clip.VISION)), tmp_path / "siglip.safetensors")
+    vision = CLIPVisionConfig.tiny(hidden_size=64, num_attention_heads=1)
+    save_file(random_tensors(clip.vision_table(vision, clip.VISION)), tmp_path / "clip.safetensors")
+    save_file(random_tensors(vae.table(VAEConfig.tiny(), "bfl")), tmp_path / "ae.safetensors")
+    words = ("--source", tmp_path / "ae.safetensors", "--clip-vision", tmp_path / "siglip.safetensors")
+    assert convert(*words, "--out", tmp_path / "b", "--dry-run") == 0
+    assert "SigLIP is what InstantX's adapter reads" in capsys.readouterr().err
+    assert convert(*words, "--clip-vision", tmp_path / "clip.safetensors", "--out", tmp_path / "b") == 0
+    assert "InstantX" not in capsys.readouterr().err
+    assert {"clip_vision", "siglip"} < json.loads((tmp_path / "b" / "bundle.json").read_text())["components"].keys()
 
 
 def test_sizes_are_read_off_shapes():

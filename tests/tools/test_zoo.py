@@ -14,12 +14,16 @@ pytestmark = [
 ]
 EITHER = {  # accepted, though the zoo would have them refused: its notes say that this is better, or as good
     "quanto-folder", "t5-bnb-int8", "clip-l-longclip", "folder-without-t5", "config-with-other-rope",
+    "clip-vision-wrong-encoder",  # SigLIP is known for what it is, and becomes that component
 }  # fmt: skip
 REFUSED = {  # though the zoo would have them accepted: what the refusal says
     "clip-vision-openai-pt": "TorchScript archive, which would have to be run",
-    "siglip-folder": "SigLIP|siglip_vision_model",
-    "siglip-comfy-file": "this is a SigLIP vision tower",
 }
+ADAPTERS = {  # image-prompt adapters: what a refusal says, None for those that give the golden
+    "ipa-instantx-bin": None, "ipa-instantx-safetensors": None, "ipa-xlabs-v1": None, "ipa-xlabs-v2": None, "ipa-pulid": "a PuLID adapter",
+    "ipa-sd15": "an image-prompt adapter of another backbone", "ipa-xlabs-missing-block": "made for 1 dual-stream blocks",
+    "malicious-pickle-adapter": "could run code and is not read",
+}  # fmt: skip
 NAMED = {  # what a refusal says of a file
     "torchao-folder": "torchao", "nunchaku-svdq": "nunchaku", "chroma": "this is Chroma", "flux2": "FLUX.2", "sdxl-checkpoint": "an SDXL checkpoint",
     "sd3-checkpoint": "Stable Diffusion 3", "flux-controlnet": "a ControlNet", "flux-redux": "FLUX.1 Redux", "vae-taef1": "TAEF1",
@@ -29,7 +33,7 @@ NAMED = {  # what a refusal says of a file
     "missing-shard": "no such file", "one-shard-twice": "not in it|is in it", "index-and-stale-whole-file": "expected one set of weights",
     "index-points-outside": "weight_map names", "index-lies": "is not in it|is in it", "malicious-pickle": "could run code and is not read",
     "header-overlap": "not a whole safetensors", "header-giant": "not a whole safetensors", "zip-file": "no whole file of weights",
-    "clip-vision-wrong-encoder": "siglip_vision_model", "text-encoder-as-vision": "clip_text_model",
+    "text-encoder-as-vision": "clip_text_model",
 }  # fmt: skip
 
 
@@ -67,3 +71,17 @@ def verdict(root, member):
         return "wrong", f"lacks {missing}"
     far = {part: zoo.distance(part, *parts[part], file) for part, file in goldens.items()}
     return "wrong" if max(far.values(), default=0) > member["tolerance"] else "golden", str(far)
+
+
+def test_every_adapter_gives_the_golden_or_a_refusal_by_name(members):
+    root, every = members
+    found = [m for m in every.values() if m["kind"] == "adapter"]
+    assert {m["name"] for m in found} == set(ADAPTERS)
+    transformer = zoo.read_in("source", root / every["ipa-xlabs-v1"]["with_sources"][0])["transformer"]
+    for member in found:
+        if said := ADAPTERS[member["name"]]:
+            with pytest.raises(UserError, match=said):
+                zoo.adapter_distance(root / member["source"], *transformer, None)
+            continue
+        far = zoo.adapter_distance(root / member["source"], *transformer, root / member["goldens"]["transformer"])
+        assert far <= member["tolerance"], f"{member['name']}: {far}"

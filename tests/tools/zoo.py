@@ -10,21 +10,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
+from dynaip_jax.adapters.instantx import InstantXConfig
+from dynaip_jax.adapters.ip_adapter import abstract_ip_adapter_params
 from dynaip_jax.families.registry import FAMILIES
+from dynaip_jax.layers.compute import Compute
+from dynaip_jax.models.flux import Flux
+from dynaip_jax.models.siglip import SiglipVisionConfig
+from dynaip_jax.runtime.sharding import on_one_device
+from dynaip_jax.sampling.public_adapters import PublicFile
+from dynaip_jax.storage.bundle import Bundle
+from dynaip_jax.testing import tiny_family
 from tools.convert_torch_weights.registry import LAYOUTS
 from tools.convert_torch_weights.sources import clip_vision, read
 from tools.convert_torch_weights.writing import plan
 
 ROOT = Path(__file__).parent.parent.parent
 MAKER = Path(os.environ.get("DYNAIP_ZOO", ROOT.parent / "shared" / "zoo")) / "make_zoo.py"
-COMPONENTS = FAMILIES["flux"].components
-GROUPS = "base,text,damage"
+COMPONENTS = {**FAMILIES["flux"].components, **FAMILIES["flux"].other_encoders}
+GROUPS = "base,text,damage,adapter"
 _compiled = {}
 
 
@@ -53,6 +63,23 @@ def distance(name, config, params, golden):
     return max(float(np.abs(x - g[f"out.{n}"]).max() / np.abs(g[f"out.{n}"]).max()) for n, x in outputs.items())
 
 
+def adapter_distance(path, transformer, params, golden):
+    """The same of the velocity with an image-prompt adapter, in the wiring of its makers, for a picture's embedding."""
+    file = PublicFile.open(path)
+    siglip = dict(siglip=SiglipVisionConfig.tiny(hidden_size=144)) if file.kind is InstantXConfig else {}
+    family = tiny_family(transformer=transformer, **siglip)
+    clip = dict(width=family.config("clip_vision").hidden_size, projection_dim=96)
+    config = file.config(Bundle(path, dict(components=dict(clip_projection=dict(config=clip)))), family)
+    adapter = file.read(config, on_one_device(nn.meta.unbox(abstract_ip_adapter_params(config))))
+    g = load_file(golden)
+    scale = float(g["in.scale"])
+    gains = dict(image_gain=scale, text_gain=scale if siglip else 0.0)
+    prompt = config.module(Compute()).apply({"params": adapter}, g["in.image_embed"][None], **gains)
+    module = Flux(transformer, injection=config.injection)
+    out = jax.jit(_transformer(module, transformer))(params, g | dict(image_prompt=prompt))["velocity"]
+    return float(np.abs(out - g["out.velocity"]).max() / np.abs(g["out.velocity"]).max())
+
+
 def _function(name, config):
     if (name, config) not in _compiled:
         _compiled[name, config] = jax.jit(FUNCTIONS[name](COMPONENTS[name].module(config), config))
@@ -70,7 +97,8 @@ def _transformer(module, config):
             g["in.pooled"],
         )
         guidance = g["in.guidance"] if config.guidance_embed else None
-        return dict(velocity=module.apply({"params": params}, *rows, guidance=guidance))
+        prompt = g.get("image_prompt")
+        return dict(velocity=module.apply({"params": params}, *rows, guidance=guidance, image_prompt=prompt))
 
     return run
 
@@ -101,5 +129,8 @@ FUNCTIONS = dict(
     vae=_vae,
     clip_vision=_vision,
     t5=lambda module, config: lambda params, g: dict(hidden=module.apply({"params": params}, g["in.ids"])),
+    siglip=lambda module, config: (
+        lambda params, g: dict(pooled=module.apply({"params": params}, jnp.moveaxis(g["in.pixels"], 1, -1)))
+    ),
     clip_text=lambda module, config: lambda params, g: dict(pooled=module.apply({"params": params}, g["in.ids"])[1]),
 )

@@ -40,7 +40,12 @@ class Arguments:
         unit="DIR_OR_FILE",
         repeat=True,
     )
-    clip_vision: Path | None = argument("a CLIP folder or file, for reference images", default=None, unit="DIR_OR_FILE")
+    clip_vision: tuple[Path, ...] = argument(
+        "a CLIP folder or file, for reference images; SigLIP's, for InstantX's adapter; repeat it for both",
+        default=(),
+        unit="DIR_OR_FILE",
+        repeat=True,
+    )
     tokenizers: Path | None = argument(
         "a diffusers folder or a bundle whose tokenizers the bundle gets, for text encoders in single files",
         default=None,
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def convert(
     paths: Sequence[Path],
-    vision: Path | None,
+    vision: Sequence[Path],
     out: Path,
     dtype: str = "keep",
     t5_length: int | None = None,
@@ -105,8 +110,8 @@ def convert(
                 f"`source` {path}: of the family {layout.family}, an earlier one of {before.family}; expected one family; convert each alone"
             )
         sources = sources.joined(new)
-    if vision is not None:
-        sources.components.update(clip_vision(local(vision, "clip_vision")))
+    for path in vision:
+        sources.components.update(clip_vision(local(path, "clip_vision")))
     if tokenizers is not None:
         sources.tokenizers.update(tokenizers_in(local(tokenizers, "tokenizers"), layout))
 
@@ -136,7 +141,12 @@ def convert(
 
 
 def _tell_missing(layout: Layout, sources: Sources) -> None:
-    """Says on stderr what a bundle of these sources cannot be used without."""
+    """Says on stderr what a bundle of these sources cannot be used without, and what SigLIP is for."""
+    if "siglip" in sources.components and "clip_vision" not in sources.components:
+        print(
+            "note: SigLIP is what InstantX's adapter reads; others read CLIP: add --clip-vision with that",
+            file=sys.stderr,
+        )
     names = [*layout.folders, *(f"{name} tokenizer" for name in layout.tokenizers)]
     present = {*sources.components, *(f"{name} tokenizer" for name in sources.tokenizers)}
     if missing := [name for name in names if name not in present]:

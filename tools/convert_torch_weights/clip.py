@@ -16,6 +16,7 @@ import numpy as np
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from dynaip_jax.models.towers import TowerConfig
 from tools.convert_torch_weights import flax_file
 from tools.convert_torch_weights.engine import Table, abstract_params, conv, convert, copy, linear, norm, stack
 from tools.convert_torch_weights.selection import Selection
@@ -32,7 +33,7 @@ def text_table(c: CLIPTextConfig, prefix: str = "") -> Table:
     return {
         "token_embedding/embedding": copy(f"{prefix}embeddings.token_embedding.weight", c.vocab_size, w),
         "position_embedding": copy(f"{prefix}embeddings.position_embedding.weight", c.max_position_embeddings, w),
-        **_blocks(c, prefix),
+        **blocks(c, prefix),
         **norm("final_layer_norm", f"{prefix}final_layer_norm", w),
     }
 
@@ -45,7 +46,7 @@ def vision_table(c: CLIPVisionConfig, prefix: str = "") -> Table:
         "position_embedding": copy(f"{prefix}embeddings.position_embedding.weight", c.tokens, w),
         **conv("patch_embedding", f"{prefix}embeddings.patch_embedding", w, 3, c.patch_size, bias=False),
         **norm("pre_layernorm", f"{prefix}pre_layrnorm", w),  # the misspelling is theirs
-        **_blocks(c, prefix),
+        **blocks(c, prefix),
         **norm("post_layernorm", f"{prefix}post_layernorm", w),
     }
 
@@ -103,7 +104,8 @@ def _tower(tensors: Mapping[str, Any], own: str, other: str) -> tuple[Selection,
     return Selection(tensors, lambda n: n not in HEADS and n != ids and not n.startswith(other)), prefix
 
 
-def _blocks(c: CLIPTextConfig | CLIPVisionConfig, prefix: str) -> Table:
+def blocks(c: TowerConfig, prefix: str) -> Table:
+    """The leaves of a tower's blocks, in transformers' names."""
     w, m = c.hidden_size, c.intermediate_size
 
     def block(n: int) -> Table:

@@ -22,8 +22,8 @@ KNOWN: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_has("lora_down", "lora_up", "lora_A.", "lora_B.", "lora.down", "lora.up", "_lora1.", "_lora2.", "lokr_", "hada_w", "lora_linear_layer"), "a LoRA (dynaip sample takes it as --lora)"),
     (_has(".diff_b", ".dora_scale", "bundle_emb."), "a LoRA (dynaip sample takes it as --lora)"),
     (lambda s: bool(s) and all(name.endswith((".diff", ".diff_b", ".alpha", ".set_weight")) for name in s), "a LoRA of full differences (dynaip sample takes it as --lora)"),
-    (_has("ip_adapter_double_stream", "ip_adapter_proj_model"), "an XLabs IP-Adapter"),
-    (_starts("image_proj.", "ip_adapter."), "an IP-Adapter"),
+    (_has("ip_adapter_double_stream", "ip_adapter_proj_model"), "an XLabs IP-Adapter (dynaip sample takes it as --adapter)"),
+    (_starts("image_proj.", "ip_adapter."), "an IP-Adapter (dynaip sample takes InstantX's as --adapter)"),
     (_starts("pulid_"), "a PuLID adapter"),
     (_starts("redux_"), "FLUX.1 Redux"),
     (_has("controlnet_blocks", "controlnet_x_embedder", "input_hint_block", "controlnet_cond_embedding"), "a ControlNet for FLUX.1"),
@@ -39,7 +39,7 @@ KNOWN: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_has("quant_conv."), "an autoencoder of Stable Diffusion or SDXL"),
     (_starts("encoder.layers.", "decoder.layers.", "taesd_"), "TAEF1, a small stand-in for the autoencoder"),
     (_has("DenseReluDense.wi.weight"), "T5 v1.0"),
-    (_has("vision_model.head.probe", "vision_model.head.attention"), "a SigLIP vision tower"),
+    (_has("vision_model.head.probe", "vision_model.head.attention"), "a SigLIP vision tower (pass it as --clip-vision)"),
     (_has("model.layers.0.self_attn.q_proj", "model.language_model."), "a language model"),
 )  # fmt: skip
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from dynaip_jax import reading
 from dynaip_jax.errors import UserError, printable, reason, shortened
+from dynaip_jax.storage.pickled import Pickled
 from dynaip_jax.storage.tensors import TensorFile
 from tools.convert_torch_weights import clip
 from tools.convert_torch_weights.gguf_file import GGUFFile
-from tools.convert_torch_weights.pickled import Pickled
 from tools.convert_torch_weights.quantised import Dequantised
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.(safetensors|sft|bin))")

@@ -11,7 +11,7 @@ from dynaip_jax import reading
 from dynaip_jax.errors import UserError, reason
 from dynaip_jax.families.tokenizers import check_tokenizer
 from dynaip_jax.storage.bundle import Bundle
-from tools.convert_torch_weights import clip, clip_files
+from tools.convert_torch_weights import clip, clip_files, siglip
 from tools.convert_torch_weights.opening import SHARD, SUFFIXES, in_folder, open_weights
 from tools.convert_torch_weights.selection import shapes_of, unprefixed
 
@@ -213,7 +213,7 @@ def one_component(
 
 
 def clip_vision(path: Path) -> dict[str, Source]:
-    """The vision tower in a CLIP folder or file, and its projection if it is there."""
+    """The vision tower in a folder or file of CLIP, and its projection if it is there; or SigLIP's tower."""
     if not reading.exists(path):
         raise UserError(
             f"`clip_vision` {path}: no such folder; expected a transformers CLIP folder (openai/clip-vit-large-patch14)"
@@ -223,8 +223,11 @@ def clip_vision(path: Path) -> dict[str, Source]:
         tensors, files = tensors_of(path, "model")
     else:
         tensors, files = open_weights(path)
-    shapes = shapes_of(tensors)
-    if reading.is_file(path / "config.json"):
+    shapes, described = shapes_of(tensors), reading.is_file(path / "config.json")
+    if siglip.is_siglip(shapes):
+        known = read_config(path, siglip.SiglipVisionConfig.from_hf) if described else siglip.config_from_shapes(shapes)
+        return {"siglip": Source(known, tensors, files, siglip.params_from_torch)}
+    if described:
         config = read_config(path, clip.CLIPVisionConfig.from_hf)
     else:
         _check_vision(path, shapes)
@@ -236,14 +239,11 @@ def clip_vision(path: Path) -> dict[str, Source]:
 
 
 def _check_vision(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `UserError` for a file that is known to be no CLIP vision tower."""
-    if any(".head.probe" in n or ".head.attention" in n for n in shapes):
-        what = "a SigLIP vision tower"
-    elif not any(n.startswith((clip.VISION, "visual.")) or n.endswith("class_embedding") for n in shapes):
-        what = "no vision tower"
-    else:
-        return
-    raise UserError(f"`clip_vision` {path}: this is {what}; expected CLIP's (openai/clip-vit-large-patch14); pass that")
+    """Raises `UserError` for a file that is known to be no vision tower."""
+    if not any(n.startswith((clip.VISION, "visual.")) or n.endswith("class_embedding") for n in shapes):
+        raise UserError(
+            f"`clip_vision` {path}: this is no vision tower; expected CLIP's (openai/clip-vit-large-patch14); pass that"
+        )
 
 
 def _with_activation(path: Path, config: Any) -> Any:

@@ -20,7 +20,8 @@ NAMES = {  # torch's dtypes, by safetensors' names
 
 
 class Pickled(Mapping[str, np.ndarray]):
-    """The tensors of pickles, mapped into memory; those that a trainer keeps in a dictionary of the file under their own names.
+    """The tensors of pickles, mapped into memory; those that a trainer keeps in a dictionary of the file under their own names, and those
+    in a dictionary of dictionaries with a dot between.
 
     Raises `UserError` if torch is missing, and for files that hold anything but tensors, or are damaged.
     """
@@ -93,6 +94,8 @@ def _tensors(path: Path, content: Any) -> dict[str, Any]:
         content = content[nest]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected tensors by name; use a safetensors file")
+    if content and all(isinstance(name, str) and isinstance(part, dict) for name, part in content.items()):
+        content = {f"{group}.{name}": x for group, part in content.items() for name, x in part.items()}
     for name, x in content.items():
         known = isinstance(x, torch.Tensor) and str(x.dtype).removeprefix("torch.") in NAMES
         if not isinstance(name, str) or not known or x.layout != torch.strided or x.is_meta or x.is_quantized:
