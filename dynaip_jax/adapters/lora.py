@@ -146,6 +146,9 @@ class Scaled(NamedTuple):
     scale: float
 
 
+Asked = tuple[Scaled, bool]  # and whether it is of the module's bias
+
+
 def merge(params: Mapping[str, Any], names: Names, changes: Sequence[Scaled]) -> dict[str, Any]:
     """A component's parameters with the `changes` merged in, in their order; each leaf keeps its dtype and sharding.
 
@@ -154,30 +157,40 @@ def merge(params: Mapping[str, Any], names: Names, changes: Sequence[Scaled]) ->
     """
     leaves: dict[str, Any] = flatten_dict(dict(params), sep="/")
     del params
-    asked: dict[str, list[tuple[Scaled, bool]]] = defaultdict(list)
-    for scaled in (scaled for scaled in changes if scaled.scale):
-        module = scaled.change.module
-        if scaled.change.changes_weight:
-            asked[module.weight].append((scaled, False))
-        if scaled.change.changes_bias and module.bias is not None:
-            asked[module.bias].append((scaled, True))
+    asked = by_tensor(changes)
     together: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in asked:
         together[tuple(piece.leaf for piece in names.tensors[name].pieces)].append(name)
     for paths, tensors in together.items():
         host = {path: np.array(leaves[path]) for path in paths}
         for name in tensors:
-            tensor = names.tensors[name]
-            value = gather(host, tensor)
-            for scaled, is_bias in asked[name]:
-                _apply(value, scaled, is_bias)
-            scatter(host, tensor, value)
+            change(host, names.tensors[name], asked[name])
         for path in paths:
             leaves[path] = _placed(host.pop(path), leaves[path])
     return unflatten_dict(leaves, sep="/")
 
 
-def gather(leaves: Mapping[str, np.ndarray], tensor: Tensor) -> np.ndarray:
+def by_tensor(changes: Sequence[Scaled]) -> dict[str, list[Asked]]:
+    """Public tensor -> what is to be done to it, in order. Changes at scale 0 are left out."""
+    asked: dict[str, list[Asked]] = defaultdict(list)
+    for scaled in (scaled for scaled in changes if scaled.scale):
+        module = scaled.change.module
+        if scaled.change.changes_weight:
+            asked[module.weight].append((scaled, False))
+        if scaled.change.changes_bias and module.bias is not None:
+            asked[module.bias].append((scaled, True))
+    return dict(asked)
+
+
+def change(leaves: Mapping[str, Any], tensor: Tensor, asked: Sequence[Asked]) -> None:
+    """Does what is `asked` to the public tensor that lies in `leaves`: path -> array, or block -> array."""
+    value = gather(leaves, tensor)
+    for scaled, is_bias in asked:
+        _apply(value, scaled, is_bias)
+    scatter(leaves, tensor, value)
+
+
+def gather(leaves: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
     """The public tensor that lies in `leaves`, float32 in torch's order."""
     value = np.empty(tensor.shape, np.float32)
     for path, block, rows, columns, turned in tensor.pieces:
@@ -189,7 +202,7 @@ def gather(leaves: Mapping[str, np.ndarray], tensor: Tensor) -> np.ndarray:
     return value
 
 
-def scatter(leaves: Mapping[str, np.ndarray], tensor: Tensor, value: np.ndarray) -> None:
+def scatter(leaves: Mapping[str, Any], tensor: Tensor, value: np.ndarray) -> None:
     """Writes a public tensor into the `leaves` that hold it, in their dtype."""
     for path, block, rows, columns, turned in tensor.pieces:
         leaf = leaves[path] if block is None else leaves[path][block]

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -188,7 +188,7 @@ class NewComponent(NamedTuple):
     name: str
     config: dict[str, Any]
     params: Mapping[str, Any]
-    provenance: list[dict[str, str]] | tuple[Path, ...]
+    provenance: Sequence[dict[str, Any] | Path]
 
 
 def write_bundle(
@@ -253,7 +253,7 @@ def _write_component(
     return digest, entry, sums
 
 
-def _origin(entry: Any) -> dict[str, str]:
+def _origin(entry: Any) -> dict[str, Any]:
     """What `bundle.json` says of a source: what it is told, or a file's name and sha256."""
     return entry if isinstance(entry, dict) else dict(file=entry[0].name, sha256=entry[1].result())
 

@@ -16,6 +16,7 @@ from dynaip_jax.errors import UserError
 from dynaip_jax.interrupts import at_stake
 from dynaip_jax.storage.bundle import RANGES, write_bundle
 from tools.convert_torch_weights.hub import local
+from tools.convert_torch_weights.loras import with_loras
 from tools.convert_torch_weights.registry import LAYOUTS
 from tools.convert_torch_weights.sources import Layout, Sources, clip_vision, read, tokenizers_in
 from tools.convert_torch_weights.writing import converted, export, key, plan, progress, table, verify
@@ -25,6 +26,7 @@ examples:
   python -m tools.convert_torch_weights --source FLUX.1-dev/ --clip-vision clip-vit-large-patch14/ --out bundles/flux-dev
   python -m tools.convert_torch_weights --source FLUX.1-dev/ --source my-finetune.safetensors --out bundles/mine
   python -m tools.convert_torch_weights --source checkpoint.safetensors --tokenizers FLUX.1-dev/ --out bundles/mine
+  python -m tools.convert_torch_weights --source FLUX.1-dev/ --lora style.safetensors=0.8 --out bundles/style
   python -m tools.convert_torch_weights --source FLUX.1-dev/ --out bundles/flux-dev --dry-run
   python -m tools.convert_torch_weights --source bundles/mine --to diffusers --out mine/
 """
@@ -51,6 +53,12 @@ class Arguments:
         default=None,
         unit="DIR",
     )
+    lora: tuple[str, ...] = argument(
+        "a LoRA that is merged into the weights, as strongly as scale says (default 1); repeat for more",
+        default=(),
+        unit="FILE[=scale]",
+        repeat=True,
+    )
     out: Path = argument("the folder to write", unit="BUNDLE")
     to: Literal["bundle", "diffusers", "bfl"] = argument(
         "what is written; diffusers and bfl turn the bundle that is the only --source into public files",
@@ -73,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"`t5_length` {args.t5_length}: expected at least {least} and at most {most}")
 
     if args.to != "bundle":
+        if args.lora:
+            raise UserError(
+                f"`lora`: not merged with `to` {args.to}; expected a bundle that has it; convert with `lora` first"
+            )
         export(args.source, args.to, args.out, LAYOUTS, args.overwrite)
         return 0
     convert(
@@ -85,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=args.overwrite,
         check=args.verify,
         tokenizers=args.tokenizers,
+        loras=args.lora,
     )
     return 0
 
@@ -99,6 +112,7 @@ def convert(
     overwrite: bool = False,
     check: bool = False,
     tokenizers: Path | None = None,
+    loras: Sequence[str] = (),
 ) -> None:
     """Checks the sources and, unless `dry_run`, writes the bundle `out`, or, if `check`, compares it with them. Raises `UserError` for
     what does not fit."""
@@ -115,7 +129,7 @@ def convert(
     if tokenizers is not None:
         sources.tokenizers.update(tokenizers_in(local(tokenizers, "tokenizers"), layout))
 
-    planned = plan(sources.components, dtype)
+    planned = with_loras(plan(sources.components, dtype), layout.family, loras)
     print(table(planned))
     content = layout.manifest(sources, t5_length)
     if check:
@@ -157,4 +171,4 @@ def _tell_missing(layout: Layout, sources: Sources) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(main, flags=dict(loras="--lora")))

@@ -28,10 +28,11 @@ MIB = 1 << 20
 
 
 class Planned(NamedTuple):
-    """A component that fits: its source, and the leaves that will be read of it, by name."""
+    """A component that fits: its source, the leaves that will be read of it, by name, and what `bundle.json` says of LoRAs in them."""
 
     source: Source
     leaves: dict[str, NewLeaf]
+    merged: tuple[dict[str, Any], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -80,7 +81,7 @@ def key(planned: Mapping[str, Planned]) -> str:
     for name, part in planned.items():
         files = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in part.source.files]
         leaves = [(leaf, x.shape, str(x.dtype)) for leaf, x in part.leaves.items()]
-        facts.append((name, to_dict(part.source.config), files, leaves))
+        facts.append((name, to_dict(part.source.config), files, leaves, *part.merged))
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -88,7 +89,7 @@ def converted(planned: Mapping[str, Planned]) -> Iterator[NewComponent]:
     """The components, one at a time."""
     for name, part in planned.items():
         print(f"{name}: converting", file=sys.stderr)
-        yield NewComponent(name, to_dict(part.source.config), part.leaves, tuple(part.source.files))
+        yield NewComponent(name, to_dict(part.source.config), part.leaves, (*part.source.files, *part.merged))
 
 
 @contextlib.contextmanager
