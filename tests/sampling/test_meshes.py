@@ -12,6 +12,7 @@ from dynaip_jax.layers import kernels
 from dynaip_jax.runtime.sharding import make_mesh, parse_mesh
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.manifest import flatten
+from tests.sampling.test_loras import lora
 from tests.train.runs import Child
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=4")
@@ -49,6 +50,10 @@ def on_meshes(folder, bundle, adapter):
             assert {x.sharding.memory_kind for x in jax.tree.leaves(same)} == {"device"}
         np.savez(folder / f"{name}.npz", pictures=pictures, routing=routing)
         (folder / f"{name}.json").write_text(json.dumps(shares))
+    merged = DynaIPPipeline.load(bundle, mesh=parse_mesh(MESHES[2]), loras=folder / "lora.safetensors")
+    np.savez(folder / "merged.npz", **{n: np.asarray(x) for n, x in flatten(dict(merged.params)).items()})
+    placed = DynaIPPipeline.load(bundle, mesh=parse_mesh(MESHES[2])).params
+    assert jax.tree.map(lambda x: x.sharding, dict(merged.params)) == jax.tree.map(lambda x: x.sharding, dict(placed))
     q, k, v = (jax.random.normal(jax.random.key(n), (4, 128, 2, 128)) for n in range(3))
     with jax.set_mesh(make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))):
         split = jax.jit(lambda *x: kernels.splash(*x, 0.1, interpret=True))(q, k, v)
@@ -59,6 +64,7 @@ def on_meshes(folder, bundle, adapter):
 @pytest.fixture(scope="module")
 def eight(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("meshes")
+    lora(folder / "lora.safetensors")
     call = "import sys; from tests.sampling import test_meshes as t; t.on_meshes(t.Path(sys.argv[1]), *sys.argv[2:])"
     child = Child(dict(JAX_NUM_CPU_DEVICES="8"), folder / "log", "-c", call, folder, *tiny)
     assert child.end() == 0, child.log.read_text()
@@ -83,3 +89,14 @@ def test_no_device_holds_a_whole_component(eight, mesh):
     shares = json.loads((eight / f"{mesh}.json").read_text())
     assert shares.keys() == {"transformer", "vae", "t5", "clip_text", "clip_vision", "adapter"}
     assert max(shares.values()) < 0.5, shares
+
+
+def test_a_lora_is_merged_on_eight_devices_as_on_one(eight, tiny):
+    """Bit for bit, and each leaf stays where it was (see the child)."""
+    one = DynaIPPipeline.load(tiny[0], loras=eight / "lora.safetensors").params
+    plain = flatten(dict(DynaIPPipeline.load(tiny[0]).params))
+    found, changed = np.load(eight / "merged.npz"), 0
+    for name, x in flatten(dict(one)).items():
+        np.testing.assert_array_equal(found[name], np.asarray(x), name)
+        changed += not np.array_equal(x, plain[name])
+    assert changed == 5
