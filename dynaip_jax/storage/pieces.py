@@ -88,15 +88,16 @@ class Journal:
 
     def write(self, path: Path, name: str, content: Any) -> str:
         """Writes `content` (bytes-like) to `path`, which is whole or not there; its sha256."""
-        part = self.partial / secrets.token_hex(8)
+        part, whole, digest = self.partial / secrets.token_hex(8), memoryview(content).cast("B"), hashlib.sha256()
         with open(part, "xb", buffering=0) as file:
-            left = memoryview(content).cast("B")
-            while len(left):
-                left = left[file.write(left[:CHUNK]) :]
+            for start in range(0, len(whole), CHUNK):
+                left = whole[start : start + CHUNK]
+                digest.update(left)
+                while len(left):
+                    left = left[file.write(left) :]
         os.replace(part, path)
-        digest = hashlib.sha256(content).hexdigest()
-        self.note(name, digest)
-        return digest
+        self.note(name, digest.hexdigest())
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Removes it, and what killed writers had half written."""
