@@ -71,6 +71,7 @@ setup(
             "diffusers==0.42.1",
             "accelerate",  # diffusers loads folders by it
             "peft",  # and LoRAs
+            "bitsandbytes>=0.50",  # its own reading of 4 and 8 bits is compared with the converter's
             "torchao>=0.16",  # writes one of the forms of weights that the converter refuses by name
             "scikit-image",
             "ruff",
