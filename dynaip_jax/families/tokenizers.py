@@ -17,6 +17,7 @@ from dynaip_jax.families.words import choose, overlap
 from dynaip_jax.storage.folders import AnyPath, local_copy
 
 CLIP_LENGTH = 77
+STRANGE = "\ue000"  # for private use: in no vocabulary
 CLASSES = (
     "T5Tokenizer",
     "CLIPTokenizer",
@@ -27,7 +28,7 @@ CLASSES = (
 
 
 def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -> Any:
-    """The tokenizer in a folder, as transformers reads it, tried on a word. Nothing that the folder holds is run.
+    """The tokenizer in a folder, as transformers reads it, tried on a word and on what is none. Nothing that the folder holds is run.
 
     Raises `UserError`, with the `remedy`, for one that wants code of its own, that is of another kind, or cannot be read.
     """
@@ -40,8 +41,8 @@ def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -
     try:
         with local_copy(folder) as here:
             tokenizer = AutoTokenizer.from_pretrained(here, local_files_only=True, trust_remote_code=False)
-        ids = tokenizer(["a"], padding="max_length", max_length=8, truncation=True)["input_ids"]
-        if np.asarray(ids, np.int32).shape != (1, 8):
+        ids = tokenizer(["a", STRANGE], padding="max_length", max_length=8, truncation=True)["input_ids"]
+        if np.asarray(ids, np.int32).shape != (2, 8):
             raise ValueError("it does not pad")
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -117,6 +117,15 @@ def test_tokenizers_of_other_kinds_are_refused(own, kind):
         Tokenizers.load(own, 16)
 
 
+def test_a_tokenizer_without_a_token_for_what_it_does_not_know_is_refused(own):
+    file = own / "t5" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"] |= dict(vocab=dict(a=2), merges=[])
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"t5: not a tokenizer that transformers can read .Unk token `<unk>` not found"):
+        Tokenizers.load(own, 16)
+
+
 def test_tokenizers_that_cannot_be_used_are_one_line(own):
     """Without a padding token; with a `tokenizer.json` that makes the library panic or complain."""
     config = json.loads((own / "t5" / "tokenizer_config.json").read_text())
