@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynaip_jax.app import figures
 from dynaip_jax.commandline import argument, parse
-from dynaip_jax.errors import UserError, reason
+from dynaip_jax.errors import UserError
 
 EXAMPLES = """
 examples:
@@ -42,17 +41,10 @@ def main(argv: Sequence[str]) -> int:
     args = parse(Arguments, argv, "dynaip plot", EXAMPLES)
     if not 1 <= args.smooth <= MOST:
         raise UserError(f"`smooth` {args.smooth}: expected at least 1, and at most {MOST}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib is missing; expected it for figures; pip install 'dynaip_jax[plot]'")
+    figures.check(args.output, (".csv",), overwrite=args.overwrite)
 
-    from dynaip_jax import images
     from dynaip_jax.eval import curves
-    from dynaip_jax.storage.renames import write_new
 
-    images.check_png_path(args.output, overwrite=args.overwrite)
-    table = args.output.with_suffix(".csv")
-    if os.path.lexists(table) and not args.overwrite:
-        raise UserError(f"{table}: exists; expected a free name for the values; pass --overwrite, or another --output")
     runs = {}
     for label, path in zip(curves.labels(args.runs), args.runs, strict=True):
         runs[label], damaged = curves.read_curves(path)
@@ -63,18 +55,7 @@ def main(argv: Sequence[str]) -> int:
             )
     names = curves.choose(runs, args.metrics)
     picture = curves.figure(runs, names, args.smooth)
-    kept = images.keep_png(
-        picture, args.output, dict(runs=list(args.runs), metrics=names, smooth=args.smooth), overwrite=args.overwrite
-    )
-    if kept.reason is not None:
-        print(f"warning: {args.output}: cannot be written ({kept.reason}); saved as {kept.path}", file=sys.stderr)
-    print(kept.path)
-    table = kept.path.with_suffix(".csv")
-    try:
-        write_new(table, curves.as_csv(runs, names).encode())
-    except OSError as e:
-        raise UserError(
-            f"{table}: cannot be written ({reason(e)}); the figure is there, the values are not; free space and draw it again"
-        ) from e
-    print(table)
-    return 0 if kept.reason is None else 1
+    settings = dict(runs=list(args.runs), metrics=names, smooth=args.smooth)
+    kept = figures.keep(picture, args.output, settings, overwrite=args.overwrite)
+    figures.beside(kept, ".csv", curves.as_csv(runs, names).encode())
+    return 0 if kept == args.output else 1

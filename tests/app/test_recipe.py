@@ -10,6 +10,7 @@ from PIL import Image
 
 from dynaip_jax import images
 from dynaip_jax.app import recipe, sample
+from dynaip_jax.app.options import given_options, with_options
 from dynaip_jax.commandline import parse
 from dynaip_jax.errors import UserError
 from dynaip_jax.images.files import read_settings
@@ -18,7 +19,7 @@ from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.request import make_request
 from dynaip_jax.sampling.settings import record
 
-KIND = sample._with_options()
+KIND = with_options(sample.Arguments)
 OF_A_CALL = {"num_images", "at_once"}  # options of a call, not of a picture
 SMALL = ("--steps", 2, "--height", 32, "--width", 32)
 
@@ -134,7 +135,7 @@ def written(path, tiny, references, masks=(), **changes):
 def test_settings_of_calls_from_python(tiny, photograph, tmp_path):
     path = written(tmp_path / "a.png", tiny, photograph, seed=np.int64(3), image_scale=np.float32(0.5))
     args, like = completed("--like", path)
-    given = sample._given_options(args)
+    given = given_options(args)
     assert [str(p) for p in args.reference] == [str(photograph)] and given["seed"] == 3 and given["image_scale"] == 0.5
     assert like.fingerprints["reference_fingerprint"] == [images.digest(images.load_image(photograph))]
     path = written(tmp_path / "b.png", tiny, Image.open(photograph))
@@ -168,7 +169,7 @@ def test_every_option_is_taken_over_and_can_be_changed(tiny, tmp_path, name):
     recorded = dict(seed=[4, 5, 6]) if name == "num_images" else {name: value}
     path = settings_file(tmp_path / "a.png", tiny, **recorded)
     args, _ = completed("--like", path)
-    assert sample._given_options(args)[name] == value
+    assert given_options(args)[name] == value
     other = {
         "regions": "auto",
         "fit": "pad",
@@ -179,7 +180,7 @@ def test_every_option_is_taken_over_and_can_be_changed(tiny, tmp_path, name):
     }.get(name, 1)
     words = [f"--{name.replace('_', '-')}", *(other if isinstance(other, tuple) else (other,))]
     args, _ = completed("--like", path, *words)
-    assert sample._given_options(args)[name] == other
+    assert given_options(args)[name] == other
 
 
 @pytest.mark.parametrize(
