@@ -41,7 +41,7 @@ TOP = {
     "": ("sampling", "images", "runtime"),
 }  # files at the top that may
 PACKAGES = {"dynaip_jax": (), "tools": ("dynaip_jax",), "train": ("dynaip_jax",), "configs": ("dynaip_jax", "train")}
-WITHOUT_JAX = ("choices", "errors", "commandline", "version", "sampling.options", "images", "data")
+WITHOUT_JAX = ("choices", "errors", "commandline", "version", "sampling.options", "sampling.sweeping", "images", "data")
 GRAIN = "dynaip_jax.data.loader"  # subclasses a class of grain, so it is itself imported late
 LAZY = (
     GRAIN,

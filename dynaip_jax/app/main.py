@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dynaip_jax.app import demo, evaluate, plan, plot, sample
+from dynaip_jax.app import asking, demo, evaluate, plan, plot, sample, sweep
 from dynaip_jax.commandline import Command, choose, run_cli
 from dynaip_jax.runtime.compiling import keep_compiled
 from dynaip_jax.version import __version__
@@ -16,6 +16,7 @@ COMMANDS = dict(
     demo=Command(demo.main, "one figure of what the method does, and its measurements, with the embedded model"),
     evaluate=Command(evaluate.main, "measure how well subjects and prompts are kept"),
     plot=Command(plot.main, "training curves of several runs in one figure", plot.FLAGS),
+    sweep=Command(sweep.main, "one prompt over a grid of two options, in one figure", asking.FLAGS),
     plan=Command(plan.main, "does a recipe fit a TPU topology or these devices, and how fast could it be"),
 )
 
