@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dynaip_jax.app import asking, demo, evaluate, plan, plot, sample, sweep
+from dynaip_jax.app import asking, demo, evaluate, maps, plan, plot, routing, sample, sweep
 from dynaip_jax.commandline import Command, choose, run_cli
 from dynaip_jax.runtime.compiling import keep_compiled
 from dynaip_jax.version import __version__
@@ -17,6 +17,8 @@ COMMANDS = dict(
     evaluate=Command(evaluate.main, "measure how well subjects and prompts are kept"),
     plot=Command(plot.main, "training curves of several runs in one figure", plot.FLAGS),
     sweep=Command(sweep.main, "one prompt over a grid of two options, in one figure", asking.FLAGS),
+    maps=Command(maps.main, "where the references act in a picture, block by block", asking.FLAGS),
+    routing=Command(routing.main, "what the router gives CLIP's levels, for each of several pictures", routing.FLAGS),
     plan=Command(plan.main, "does a recipe fit a TPU topology or these devices, and how fast could it be"),
 )
 

@@ -25,8 +25,9 @@ from dynaip_jax import flow
 from dynaip_jax.errors import UserError, reason
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.flow import ScheduleConfig
+from dynaip_jax.layers.basic import SEEN
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.layers.injection import Injection
+from dynaip_jax.layers.injection import Injection, Seen
 from dynaip_jax.layers.step_cache import StepCache
 from dynaip_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from dynaip_jax.public_names import PublicNames
@@ -284,12 +285,20 @@ class Family(abc.ABC):
         guidance: jax.Array | None = None,
         image_prompt: ImagePrompt | None = None,
         cache: StepCache | None = None,
+        mutable: Any = False,
     ) -> Any:
         """The velocity `[b, i, c]`, float32, of noisy `tokens` `[b, i, c]` at times `t` `[b]`; with a cache, that and the next cache.
+        With `mutable` collections (`SEEN`), all that and what blocks kept in them.
 
         `params`: of the transformer, in the form of its `Compute.weights`; `size`: of the latents, `(h, w)`; `guidance` `[b]` where
         `takes_guidance`, otherwise None.
         """
+
+    def seen(self, params: Any, *inputs: Any, **named: Any) -> dict[str, Seen]:
+        """What the blocks' injections saw in a call of `velocity`, whose arguments these are, without a cache: by the name of a stack of
+        blocks, each array with a leading axis of blocks. Stacks that read no image prompt are left out."""
+        _, state = self.velocity(params, *inputs, **named, mutable=[SEEN])
+        return {name: state[SEEN][name]["injection"][0] for name in self.blocks if name in state.get(SEEN, {})}
 
     def step_cache(self, batch: int, image_rows: int, threshold: jax.Array) -> StepCache:
         """The cache before the first step."""

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from dynaip_jax.layers.compute import REMAT_POLICIES
 
 LECUN, SMALL = nn.initializers.lecun_normal(), nn.initializers.normal(0.02)
+SEEN = "intermediates"  # the collection in which blocks keep what they saw (Flax leaves it out of `init`); usually nothing is kept
 
 
 def parameter(
@@ -136,7 +137,7 @@ def scanned(block: type[nn.Module], length: int, *, remat: str, in_axes: tuple =
     """`block` stacked `length` times with `nn.scan`: `__call__(carry, *inputs) -> (carry, out)`.
 
     Parameters get a leading "layers" axis. `in_axes` has `nn.broadcast` for inputs shared by all blocks and 0 for those
-    sliced block by block. `remat` is a key of `REMAT_POLICIES`.
+    sliced block by block. `remat` is a key of `REMAT_POLICIES`. What the blocks keep in `SEEN` is stacked as well.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat {remat!r}: expected one of {tuple(REMAT_POLICIES)}")
@@ -144,7 +145,7 @@ def scanned(block: type[nn.Module], length: int, *, remat: str, in_axes: tuple =
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, SEEN: 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         out_axes=out_axes,

@@ -7,7 +7,7 @@ Source of the equations: docs/method.md, "Injection". The place of adding "resid
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,16 @@ from dynaip_jax.layers.positions import apply_rope
 from dynaip_jax.layers.regions import RegionScores
 from dynaip_jax.runtime.sharding import HEADS, constrain
 from dynaip_jax.types import KV, ImagePrompt, Tensor
+
+
+class Seen(NamedTuple):
+    """What a block's injection took in and gave: `query` `[b, n, h, d]` and `gain` `[b, n, s]` of its rows, text rows first, the `term`
+    `[b, n, h, d]` that was added, and the `region` `[b, s, i]` in the gain (None: 1 everywhere)."""
+
+    query: jax.Array
+    gain: jax.Array
+    term: jax.Array
+    region: jax.Array | None
 
 
 @dataclass(frozen=True)
@@ -138,8 +148,10 @@ def reference_term(
     prompt: BlockPrompt | None,
     places: Places,
     evidence: RegionScores | None,
+    keep: Callable[[Seen], object] | None = None,
 ) -> tuple[jax.Array | None, RegionScores | None]:
-    """What the subjects give a block, `[b, n, h, d]` (None without a prompt), and `evidence` with what this block adds to it."""
+    """What the subjects give a block, `[b, n, h, d]` (None without a prompt), and `evidence` with what this block adds to it. `keep` is
+    called with what was seen."""
     if prompt is None:
         return None, evidence
     b, n = rows.query.shape[:2]
@@ -153,7 +165,10 @@ def reference_term(
         [row_gain(prompt.text_gain, None, b, rows.text), row_gain(prompt.image_gain, region, b, n - rows.text)], axis=1
     )
     query = rows.rotated if injection.query == "after_rope" else rows.query
-    return reference_attention(query, prompt.kv, gain, injection.merge, kernel), evidence
+    term = reference_attention(query, prompt.kv, gain, injection.merge, kernel)
+    if keep is not None:
+        keep(Seen(query, gain, term, region))
+    return term, evidence
 
 
 def joint_attention(
@@ -166,17 +181,19 @@ def joint_attention(
     evidence: RegionScores | None,
     text_rows: int,
     own: int | None = None,
+    keep: Callable[[Seen], object] | None = None,
 ) -> tuple[jax.Array, jax.Array | None, RegionScores | None]:
     """Heads `[b, n, h, d]` of a block's joint attention with RoPE, with the reference term where it is added there; the term itself,
     whose keys stand at position 0; and `evidence` with what this block adds to it.
 
-    `qkv`: normed, `[b, n, h, d]` each, text rows first; the term acts on the first `own` rows (None: on all) and is 0 in the others.
+    `qkv`: normed, `[b, n, h, d]` each, text rows first; the term acts on the first `own` rows (None: on all) and is 0 in the others;
+    `keep` is called with what it was made of.
     """
     q, k, v = (constrain(x, *HEADS) for x in qkv)
     rotated, keys = apply_rope(q, rope), apply_rope(k, rope)
     heads = attention(rotated, keys, v, kernel=kernel)
     rows = Rows(q[:, :own], rotated[:, :own], keys[:, :own], text_rows)
-    term, evidence = reference_term(injection, kernel, rows, prompt, places, evidence)
+    term, evidence = reference_term(injection, kernel, rows, prompt, places, evidence, keep)
     if term is not None and term.shape[1] < heads.shape[1]:
         term = jnp.pad(term, ((0, 0), (0, heads.shape[1] - term.shape[1]), (0, 0), (0, 0)))
     return before_projection(injection, heads, term), term, evidence
@@ -201,15 +218,22 @@ def reference_attention(
     `kernel` as in `attention`), or over those of all subjects, which then compete for a row ("concat"; the gain is then applied
     to the weights). Source: docs/method.md, "Injection".
     """
-    b, d = q.shape[0], q.shape[-1]
+    b = q.shape[0]
     k, v = (jnp.broadcast_to(x, (b, *x.shape[1:])).astype(q.dtype) for x in kv)
     if merge == "concat":
-        logits = jnp.einsum("bnhd,bsmhd->bhnsm", q, k, preferred_element_type=jnp.float32) * d**-0.5
-        weights = jax.nn.softmax(logits, axis=(-2, -1)) * gain[:, None, :, :, None]
+        weights = reference_weights(q, k, merge) * gain[:, None, :, :, None]
         return jnp.einsum("bhnsm,bsmhd->bnhd", weights.astype(q.dtype), v)
     gain = gain.astype(q.dtype)
     terms = (attention(q, k[:, s], v[:, s], kernel=kernel) * gain[:, :, s, None, None] for s in range(k.shape[1]))
     return functools.reduce(jnp.add, terms)
+
+
+def reference_weights(q: Float[Tensor, "b n h d"], k: jax.Array, merge: str = "sum") -> Float[jax.Array, "b h n s m"]:
+    """The softmax of `reference_attention`, float32: rows sum to 1 over the tokens `m` of each subject, or with `merge` "concat" over
+    those of all. `k` `[b or 1, s, m, h, d]`."""
+    k = jnp.broadcast_to(k, (q.shape[0], *k.shape[1:])).astype(q.dtype)
+    logits = jnp.einsum("bnhd,bsmhd->bhnsm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(logits, axis=(-2, -1) if merge == "concat" else -1)
 
 
 def row_gain(

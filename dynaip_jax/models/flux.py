@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.basic import DenseGeneral, LayerNorm, RMSNorm, linear, scanned
+from dynaip_jax.layers.basic import SEEN, DenseGeneral, LayerNorm, RMSNorm, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
 from dynaip_jax.layers.positions import rope_table, timestep_embedding
@@ -180,7 +180,7 @@ class DoubleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
-        c, p, how = self.config, self.compute, self.injection
+        c, p, how, keep = self.config, self.compute, self.injection, partial(self.sow, SEEN, "injection")
         img, txt, evidence = state
         img_mod1, img_mod2 = Modulate(c, p, 2, name="img_mod")(shared.vec)
         txt_mod1, txt_mod2 = Modulate(c, p, 2, name="txt_mod")(shared.vec)
@@ -188,7 +188,7 @@ class DoubleBlock(nn.Module):
         txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
         rope, places, text = shared.rope, shared.places, txt.shape[1]
-        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, text)
+        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, text, keep=keep)
         (txt_heads, img_heads), (txt_term, img_term) = (_split(x, txt.shape[1]) for x in (heads, term))
 
         img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
@@ -209,12 +209,14 @@ class SingleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
-        c, p, how = self.config, self.compute, self.injection
+        c, p, how, keep = self.config, self.compute, self.injection, partial(self.sow, SEEN, "injection")
         rows, evidence = state
         (mod,) = Modulate(c, p, 1, name="modulation")(shared.vec)
         x = mod(rows)
         qkv, rope, places = QKV(c, p, name="attn")(x), shared.rope, shared.places
-        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, self.text_rows)
+        heads, term, evidence = joint_attention(
+            how, p.attention, qkv, rope, places, prompt, evidence, self.text_rows, keep=keep
+        )
         mlp = constrain(linear(c.mlp_dim, ("embed", "mlp"), name="mlp_in", **p.dtypes)(x), *WIDE)
         mlp = linear(c.hidden_size, ("mlp", "embed"), name="mlp_out", **p.dtypes)(nn.gelu(mlp, approximate=True))
         out = _attn_out(c, p, "attn_out", use_bias=False)(heads) + mlp

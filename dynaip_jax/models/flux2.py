@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.basic import DenseGeneral, RMSNorm, linear, scanned
+from dynaip_jax.layers.basic import SEEN, DenseGeneral, RMSNorm, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
 from dynaip_jax.layers.positions import rope_table, timestep_embedding
@@ -175,14 +175,14 @@ class DoubleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
-        c, p, how = self.config, self.compute, self.injection
+        c, p, how, keep = self.config, self.compute, self.injection, partial(self.sow, SEEN, "injection")
         img, txt, evidence = state
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = shared.image, shared.text
         img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
         txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
         rope, places, rows = shared.rope, shared.places, (self.counts.text, sum(self.counts))
-        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *rows)
+        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *rows, keep=keep)
         (txt_heads, img_heads), (txt_term, img_term) = (_split(x, self.counts) for x in (heads, term))
 
         img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
@@ -203,13 +203,13 @@ class SingleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
-        c, p, how = self.config, self.compute, self.injection
+        c, p, how, keep = self.config, self.compute, self.injection, partial(self.sow, SEEN, "injection")
         rows, evidence = state
         (mod,) = shared.single
         x = mod(rows)
         qkv, rope, places = QKV(c, p, name="attn")(x), shared.rope, shared.places
         own = (self.counts.text, sum(self.counts))
-        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *own)
+        heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *own, keep=keep)
         out = _attn_out(c, p, "attn_out")(heads) + _mlp_out(c, p, "mlp_out")(_gated(c, p, "mlp_in", x))
         rows = injection.after_block(how, rows + mod.gate * out, term)
         return (constrain(rows, *ROWS), evidence), None

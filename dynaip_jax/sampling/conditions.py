@@ -16,6 +16,7 @@ import numpy as np
 from dynaip_jax import images
 from dynaip_jax.adapters.base import AdapterConfig
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig
+from dynaip_jax.adapters.hmoe import HMoE
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.tokenizers import Tokenizers
@@ -112,6 +113,15 @@ def make_image_prompt(
     features = [level.reshape(b, s, *level.shape[1:]) for level in levels]
     adapter: Any = DynaIP(config, compute)
     return adapter.apply({"params": params}, features, **options)
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def routing(family: Family, config: DynaIPConfig, vision_params: Any, params: Any, pixels: jax.Array) -> jax.Array:
+    """Routing weights float32 `[b, 3]` of `pixels` `[b, S, S, 3]`, of a token router the mean of its tokens; nothing else is computed."""
+    levels = family.vision(vision_params, pixels, config.hmoe.levels)
+    mixer: Any = HMoE(config.hmoe, family.compute("clip_vision"))
+    _, weights = mixer.apply({"params": params["hmoe"]}, levels)
+    return weights.reshape(len(weights), -1, 3).mean(axis=1)
 
 
 def reference_pixels(family: Family, references: Sequence[np.ndarray], fit: Any) -> np.ndarray:

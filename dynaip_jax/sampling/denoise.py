@@ -63,13 +63,15 @@ def generate(
         dynamic = {name: None if x is None else jnp.float32(x) for name, x in scalars.items()}
         dynamic["window"] = jnp.array([options.image_start, options.image_end], jnp.float32)
         dynamic["ticket"] = jnp.int32(0) if shown.counts else None
-        news = parts.transformer.news(_facts(conditions, noise, options) | dict(progress=shown.counts))
+        loop = denoising_loop if shown.view is None else viewed_loop
+        facts = dict(progress=shown.counts, viewed=shown.view is not None)
+        news = parts.transformer.news(_facts(conditions, noise, options) | facts)
         with contextlib.nullcontext() if news is None else shown.doing(f"compiling{news and f' again: {news}'}"):
-            program = parts.transformer.program(denoising_loop, family, args, dynamic)
+            program = parts.transformer.program(loop, family, args, dynamic)
         memory.check_fits(program)
-        ticket = stack.enter_context(watching(stack.enter_context(shown.denoising(steps))))
+        ticket = stack.enter_context(watching(stack.enter_context(shown.denoising(steps)), shown.view))
         dynamic["ticket"] = None if ticket is None else jnp.int32(ticket)
-        latents, reused = wait(parts.transformer.run(denoising_loop, family, args, dynamic, program))
+        latents, reused = wait(parts.transformer.run(loop, family, args, dynamic, program))
     with on_mesh(parts.mesh), shown.doing("decoding"):
         return Made(decoded(family, parts.vae, latents), None if reused is None else int(reused))
 
@@ -133,6 +135,7 @@ def denoising_loop(
     window: jax.Array,
     cache_threshold: jax.Array | None = None,
     ticket: jax.Array | None = None,
+    viewed: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The whole denoising loop: noise `[b, c, h, w]` -> latents `[b, c, h, w]`, float32, and with a cache the number of steps that
     took the blocks' work from it.
@@ -141,7 +144,7 @@ def denoising_loop(
     negative pass has no image prompt; either for all pictures, or b rows of each for a prompt a picture. `image_prompt` is
     shared by all of the batch, or one a picture; it acts where window[0] <= step / steps < window[1].
     `times` `[steps + 1]` as from `Family.times`. `cache_threshold`: see `layers.step_cache`; None: every step runs all blocks.
-    `ticket`: of `progress.watching`; None: no step is reported.
+    `ticket`: of `progress.watching`; None: no step is reported; `viewed`: with latents.
     """
     b, _, h, w = noise.shape
     branches = 1 if true_cfg is None else 2
@@ -150,7 +153,7 @@ def denoising_loop(
         on = jnp.repeat(jnp.array([1.0, 0.0]), b)[:, None]
         image_prompt = image_prompt.tiled(branches).scaled(on)
     guidance = None if guidance is None else jnp.broadcast_to(guidance, (branches * b,))
-    cache = None
+    cache, steps = None, len(times) - 1
     if cache_threshold is not None:
         cache = family.step_cache(branches * b, family.tokens(noise.shape), cache_threshold)
 
@@ -162,12 +165,19 @@ def denoising_loop(
         v = family.velocity(params, tokens, now, text, (h, w), guidance=guidance, image_prompt=prompt, cache=cache)
         if cache is not None:
             v, cache = v
+        v = v if true_cfg is None else v[b:] + true_cfg * (v[:b] - v[b:])
         if ticket is not None:
-            jax.debug.callback(step_done, ticket)
-        return v if true_cfg is None else v[b:] + true_cfg * (v[:b] - v[b:]), cache
+            latents = (family.unpack(y, h, w) for y in (x, x - t * v)) if viewed else ()
+            jax.debug.callback(step_done, ticket, *([jnp.round(done * steps)] if viewed else []), *latents)
+        return v, cache
 
     tokens, cache = flow.euler(velocity, family.pack(noise), times, cache)
     return family.unpack(tokens, h, w), None if cache is None else cache.reused
+
+
+def viewed_loop(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array | None]:
+    """`denoising_loop` whose steps are reported with their latents, and with the clean ones as they are expected there."""
+    return denoising_loop(*args, **options, viewed=True)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)

@@ -80,6 +80,13 @@ class Opened(NamedTuple):
                 f"{self.model.bundle.path}: its weights do not fit into memory ({e}); {self.remedies()}"
             ) from e
 
+    def read_encoder(self) -> tuple[Any, Any]:
+        """The parameters of CLIP's image encoder and of the adapter alone. Raises `UserError` as `read`."""
+        assert self.folder is not None and self.model.adapter is not None, "opened without an adapter"
+        target = self._target(self.model.family.abstract_params(REFERENCE_ENCODER, boxed=True))
+        vision = self.model.bundle.load(REFERENCE_ENCODER, target, verify=self.verify)
+        return vision, self._adapter(self.folder, self.model.adapter)
+
     def remedies(self) -> str:
         """What makes weights smaller or shares them, of what is not done yet."""
         return remedies(self.model.family, self.offload_text)

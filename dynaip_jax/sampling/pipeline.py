@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,13 @@ class DynaIPPipeline:
         self._transformer = Arranged(params["transformer"])
         self._params = {name: tree for name, tree in params.items() if name != "transformer"}
 
+    def without_adapter(self) -> DynaIPPipeline:
+        """The same base model, which takes no references; the two share its weights."""
+        plain = copy.copy(self)
+        plain.adapter, plain.model = None, self.model._replace(adapter=None)
+        plain.settings = MappingProxyType(dict(self.settings) | dict(adapter=None, adapter_fingerprint=None))
+        return plain
+
     @property
     def params(self) -> Mapping[str, Any]:
         """Component -> parameters."""
@@ -165,7 +173,7 @@ class DynaIPPipeline:
         native_references: Picture | Sequence[Picture] = (),
         noise: np.ndarray | None = None,
         options: SampleOptions | None = None,
-        progress: bool | Callable[[], object] = False,
+        progress: bool | Callable[[], object] | Progress = False,
         **changes: Any,
     ) -> Generation:
         """Makes pictures.
@@ -178,7 +186,7 @@ class DynaIPPipeline:
         - `native_references`: pictures that the model reads by itself, with and without an adapter (models that can);
         - `noise` `[b, c, h, w]`: initial latents in place of seeds, for each prompt the same;
         - `options`, and `changes` to them by name: see `SampleOptions`. What stays None takes the bundle's default;
-        - `progress`: True shows a bar; a function is called at each step.
+        - `progress`: True shows a bar; a function is called at each step, and what it raises ends the generation.
 
         All pictures are made at once unless `at_once` says otherwise or the memory does not hold that; see `draw` for pictures as
         they are done.
@@ -199,17 +207,14 @@ class DynaIPPipeline:
         own = {name: given.pop(name) for name in names if name in given}
         return make_request(self.model, prompt, references, **own, changes=given)
 
-    def draw(self, request: Request, progress: bool | Callable[[], object] = False) -> Iterator[Generation]:
+    def draw(self, request: Request, progress: bool | Callable[[], object] | Progress = False) -> Iterator[Generation]:
         """Makes the pictures of a checked call, as many at once as `at_once` or the memory allows; gives each part when it is done.
 
         Raises `UserError` for non-finite results, and if the memory does not hold a single picture.
         """
         shown = Progress.of(progress)
         with self._out_of_memory(request):
-            text = self.encode_text(request.texts)
-            with on_mesh(self.mesh):
-                natives = encoded(self.family, self._params["vae"], request.natives)
-            image_prompt, routing = self._image_prompt(request)
+            (text, image_prompt), routing = self.conditions(request)
         at, count = 0, min(request.options.at_once or len(request), len(request))
         whole = 0  # pictures of the last part; the program is compiled for so many
         while at < len(request):
@@ -217,7 +222,7 @@ class DynaIPPipeline:
             padded = numbers + numbers[-1:] * (whole - len(numbers))
             try:
                 with self._out_of_memory(request, raw=len(padded) > 1):
-                    own = request.text(text, padded)._replace(references=natives)
+                    own = request.text(text._replace(references=None), padded)._replace(references=text.references)
                     part = self._part(request, padded, own, image_prompt, routing, shown)
             except OutOfMemory:
                 count, whole = (len(padded) + 1) // 2, 0
@@ -252,6 +257,15 @@ class DynaIPPipeline:
             warnings=request.notes,
             rows=None if request.noise is None else [k % request.each for k in pictures],
         )
+
+    def conditions(self, request: Request) -> tuple[Conditions, np.ndarray | None]:
+        """What the pictures of a checked call are conditioned on, a row of text for each of `request.texts`; and the routing weights
+        `[s, 3]`, if any."""
+        text = self.encode_text(request.texts)
+        with on_mesh(self.mesh):
+            natives = encoded(self.family, self._params["vae"], request.natives)
+        image_prompt, routing = self._image_prompt(request)
+        return Conditions(text._replace(references=natives), image_prompt), routing
 
     def _record(self, request: Request, routing: np.ndarray | None, reused: int | None) -> dict[str, Any]:
         """The settings that all pictures of a call share."""

@@ -34,13 +34,13 @@ def draw(output: Path, reference: Path | None = None, prompt: str | None = None,
     if reference is not None and prompt is not None:
         first, prompts = images.load_image(reference), [prompt]
     else:
-        first, prompts = _reference(*SUBJECTS[0]), list(PROMPTS)
+        first, prompts = world.drawing(*SUBJECTS[0]), list(PROMPTS)
     picture = _painter()
     rows = [(text, _comparison(picture, text, first)) for text in prompts]
     levels = {label: picture(prompts[0], first, granularity=weights) for label, weights in GRANULARITY.items()}
     rows.append((f"granularity: {prompts[0]}", levels | {"router (default)": rows[0][1]["DDS on (default)"]}))
     if reference is None:
-        rows.append((TWO, _two_subjects(picture, first, _reference(*SUBJECTS[1]))))
+        rows.append((TWO, _two_subjects(picture, first, world.drawing(*SUBJECTS[1]))))
     settings = dict(rows=[[text, *panels] for text, panels in rows])
     with finishing():
         return images.keep_png(_figure(rows), output, settings, overwrite=overwrite)
@@ -86,13 +86,6 @@ def _two_subjects(picture: Painter, first: np.ndarray, second: np.ndarray) -> Pa
         "no regions": picture(TWO, first, second),
         "found regions (default)": picture(TWO, first, second, words=words),
     }
-
-
-def _reference(kind: str, number: int) -> np.ndarray:
-    """A close view, uint8 `[H, W, 3]`, of a subject that no model was trained on."""
-    rng = world.generator(0, "test", number)
-    scene = world.sample_scene(rng, subjects=[(kind, world.sample_identity(rng))], large=True)
-    return world.render(scene).image
 
 
 def _figure(rows: Sequence[tuple[str, Panels]]) -> Image.Image:

@@ -136,6 +136,12 @@ def close_view(rng: np.random.Generator, subject: Placed) -> Scene:
     return sample_scene(rng, subjects=[(subject.kind, subject.identity)], large=True)
 
 
+def drawing(kind: str, number: int) -> np.ndarray:
+    """A close view, uint8 `[H, W, 3]`, of a subject that no model was trained on: a reference picture of that class."""
+    rng = generator(0, "test", number)
+    return render(sample_scene(rng, subjects=[(kind, sample_identity(rng))], large=True)).image
+
+
 def caption(scene: Scene) -> str:
     """The prompt of a scene: classes, columns, background, light."""
     if not scene.subjects:
