@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dynaip_jax.errors import UserError, reason
-from dynaip_jax.storage.tensors import DTYPES
+from dynaip_jax.storage.tensors import DTYPES, Tensors
 
 NESTS = ("state_dict", "model_state_dict", "model", "module")  # under which trainers keep the weights
 NAMES = {  # torch's dtypes, by safetensors' names
@@ -19,7 +19,7 @@ NAMES = {  # torch's dtypes, by safetensors' names
 }  # fmt: skip
 
 
-class Pickled(Mapping[str, np.ndarray]):
+class Pickled(Tensors):
     """The tensors of pickles, mapped into memory; those that a trainer keeps in a dictionary of the file under their own names, and those
     in a dictionary of dictionaries with a dot between.
 
@@ -34,15 +34,6 @@ class Pickled(Mapping[str, np.ndarray]):
                     raise UserError(f"{path}: {name} is in another shard too; expected it once; download it again")
                 self._tensors[name] = x
         self.metadata: dict[str, str] = {}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.part(name, ())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor."""

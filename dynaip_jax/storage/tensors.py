@@ -6,6 +6,7 @@ is an error and not the end of the process, as it would be of a memory map.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import math
 import os
@@ -42,7 +43,34 @@ class Tensor(NamedTuple):
     start: int
 
 
-class TensorFile(Mapping[str, np.ndarray]):
+class Tensors(Mapping[str, np.ndarray]):
+    """Named tensors of a source, each read when it is asked for. `_tensors` has an entry for each."""
+
+    _tensors: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.part(name, ())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @abc.abstractmethod
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor."""
+
+    @abc.abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+
+    @abc.abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor."""
+
+
+class TensorFile(Tensors):
     """A safetensors file, or a sharded set named by its `*.index.json`, or by its `files` alone, as a mapping name -> array.
 
     Every access reads that one tensor from disk. `shape(name)`, `dtype(name)` and `metadata` read headers only. A file in a bucket
@@ -77,15 +105,6 @@ class TensorFile(Mapping[str, np.ndarray]):
                 )
             self.metadata |= metadata
             self._tensors |= tensors
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.part(name, ())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor; of its first axis no more is read."""

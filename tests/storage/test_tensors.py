@@ -37,7 +37,7 @@ def test_the_index_of_a_sharded_file_must_be_true(tmp_path):
         (dict(weight_map={"a": 3}), "weight_map.a 3: expected text"),
         (
             dict(weight_map={"a": "../a.safetensors"}),
-            "names '../a.safetensors', expected names of .safetensors files beside it",
+            "names '../a.safetensors', no .safetensors file beside it",
         ),
         (dict(weight_map={"a": "/dev/zero"}), "names '/dev/zero'"),
         (dict(weight_map={"a": "a.safetensors", "b": "b.safetensors"}), "b.safetensors: b is not in it; expected what"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from dynaip_jax.errors import UserError, reason
+from dynaip_jax.storage.tensors import Tensors
 
 MOST = 1 << 16  # entries of a header
 PLAIN = {
@@ -23,7 +23,7 @@ PLAIN = {
 }  # fmt: skip
 
 
-class GGUFFile(Mapping[str, np.ndarray]):
+class GGUFFile(Tensors):
     """The tensors of a GGUF file. `metadata`: its texts; `precision`: such as "F32+Q8_0".
 
     Quantised weights have the dtype bfloat16 where it is asked for, and are float32 where they are read. Raises `UserError` for a
@@ -61,15 +61,6 @@ class GGUFFile(Mapping[str, np.ndarray]):
                 f"{path}: {reshaped[0]}: its tensors were reshaped; expected them as the model has them; use another file"
             )
         self.precision = "+".join(sorted({t.tensor_type.name for t in reader.tensors}))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.part(name, ())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Rows of a tensor; float32 if it is quantised."""
