@@ -20,6 +20,7 @@ ROOMS = {  # room of dynaip_jax: the rooms it may import, besides itself and fil
     "adapters": ("layers", "runtime"),
     "families": ("models", "layers", "storage", "runtime"),
     "sampling": ("families", "adapters", "layers", "images", "storage", "runtime"),
+    "jobs": ("sampling", "families", "images", "storage", "runtime"),
     "eval": (),
     "planner": ("sampling", "families", "adapters", "layers", "storage", "runtime"),
     "shapeland": (
@@ -34,7 +35,19 @@ ROOMS = {  # room of dynaip_jax: the rooms it may import, besides itself and fil
         "storage",
         "runtime",
     ),
-    "app": ("shapeland", "sampling", "eval", "planner", "families", "adapters", "images", "storage", "runtime"),
+    "app": (
+        "shapeland",
+        "measuring",
+        "jobs",
+        "sampling",
+        "eval",
+        "planner",
+        "families",
+        "adapters",
+        "images",
+        "storage",
+        "runtime",
+    ),
 }
 TOP = {
     "testing": ("families", "adapters", "layers", "storage"),

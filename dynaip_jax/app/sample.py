@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaip_jax import interrupts
-from dynaip_jax.app import asking, naming, recipe
+from dynaip_jax.app import asking, recipe
 from dynaip_jax.app.opening import FILES
 from dynaip_jax.app.options import PICTURE, given_options, with_options
 from dynaip_jax.app.saving import Saving
 from dynaip_jax.commandline import argument
-from dynaip_jax.errors import UserError, reason
-from dynaip_jax.reading import read_bytes
+from dynaip_jax.errors import UserError
+from dynaip_jax.sampling import naming
 from dynaip_jax.sampling.options import MOST, SEEDS, SampleOptions
 from dynaip_jax.tasks import task
 
@@ -43,11 +43,13 @@ examples:
       two subjects, each where the picture attends to its words of the prompt
   dynaip sample --model bundles/flux-dev --lora style.safetensors=0.8 --prompt "a cat" --output cat.png
       with a LoRA, in any of the usual formats
+  dynaip sample --model bundles/flux-dev --adapter adapters/dynaip --jobs jobs.jsonl --steps 28
+      one generation a line: {"prompt": "a dog in a garden", "references": ["dog.jpg"], "seed": 3, "output": "dog.png"}; a list that
+      was stopped is gone on with by the same command
   dynaip sample ... --granularity 0 0 1         high-level look only; LOW MID HIGH replace the router's weights
   dynaip sample ... --text-gain 0.3             let some pose and light of the reference through (0 = DDS, the default)
 """
 PROG = "dynaip sample"
-NOISE_BYTES = 1 << 30  # of a file
 FLAGS = asking.FLAGS
 
 
@@ -61,6 +63,14 @@ class Arguments(asking.Asking):
         unit="OUT.png",
         group=FILES,
     )
+    jobs: Path | None = argument(
+        "a list of generations, one a line, each with its own prompt, output, references and options; what is given here holds for "
+        "lines that do not say otherwise; pictures that are there already are not drawn again",
+        default=None,
+        unit="JOBS.jsonl",
+        group=FILES,
+    )
+
     prompt: tuple[str, ...] = argument(
         "give several to draw them in one batch (needed)", default=(), unit="TEXT", group=PICTURE, repeat=True
     )
@@ -74,6 +84,10 @@ class Arguments(asking.Asking):
 def main(argv: Sequence[str]) -> int:
     """Makes the pictures, and prints the name of each file."""
     args, argv, like = asking.read(with_options(Arguments), argv, PROG, EXAMPLES)
+    if args.jobs is not None:
+        from dynaip_jax.app import jobs
+
+        return jobs.main(args, given_options(args))
     _check_needed(args)
     given, subjects = given_options(args), asking.subjects_of(args, argv)
     asking.check_subjects(args, given, subjects)
@@ -137,22 +151,9 @@ def _load_noise(path: Path, row: int | None, like: recipe.Like) -> np.ndarray:
     import numpy as np
 
     from dynaip_jax import images
-    from dynaip_jax.storage.arrays import read_array
+    from dynaip_jax.sampling.noise import read_noise
 
-    expected = "expected a .npy file of floats [b, c, h, w]"
-    try:
-        noise = read_array(read_bytes(path, NOISE_BYTES), "f")
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"`noise` {path}: cannot be read as a NumPy array ({reason(e)}); {expected}; save it anew"
-        ) from e
-    if noise.ndim != 4 or not noise.size:
-        raise UserError(f"`noise` {path}: found {noise.dtype} {list(noise.shape)}; {expected}; save another")
-    if len(noise) > MOST:
-        raise UserError(f"`noise` {path}: {len(noise)} noises, one a picture; expected at most {MOST}; split the file")
-    if row is not None and not 0 <= row < len(noise):
-        raise UserError(f"`noise_row` {row}: expected a number from 0 to {len(noise) - 1}, a row of {path}")
-    noise = noise if row is None else noise[row : row + 1]
+    noise = read_noise(path, row)
     like.check("noise", "noise_fingerprint", [images.digest(one) for one in noise.astype(np.float32)])
     return noise
 

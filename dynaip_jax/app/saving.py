@@ -47,12 +47,14 @@ class Saving:
 
     def add(self, part: Generation) -> None:
         """Saves some pictures."""
+        from dynaip_jax import images
+
         self._settings = self._settings or part.settings | self._files
         for k, image in enumerate(part.images):
             own = part.settings_of(k) | self._files
             self._keep(image, self._singles[self.done], own)
             self._seeds.append(own["seed"])
-            self._cells.append(self._cell(image))
+            self._cells.append(images.cell(image, len(self._singles), GRID_PIXELS))
 
     def grid(self) -> None:
         """Saves the grid, if there are several pictures."""
@@ -61,13 +63,6 @@ class Saving:
         if len(self._outputs) > 1:
             self._keep(images.grid(self._cells), self._outputs[0], self._settings | dict(seed=self._seeds))
 
-    def _cell(self, image: Any) -> Any:
-        """The picture, smaller where the grid would have too many pixels."""
-        share = (GRID_PIXELS / (image.width * image.height * len(self._singles))) ** 0.5
-        if share >= 1:
-            return image
-        return image.resize((max(1, int(image.width * share)), max(1, int(image.height * share))))
-
     def _keep(self, image: Any, path: str | Path, settings: dict[str, Any]) -> None:
         from dynaip_jax import images
 
@@ -75,10 +70,10 @@ class Saving:
         if kept.reason is not None:
             self.elsewhere = True
             print(f"warning: {path}: cannot be written ({kept.reason}); saved as {kept.path}", file=sys.stderr)
-        _print_name(kept.path)
+        print_name(kept.path)
 
 
-def _print_name(path: Path) -> None:
+def print_name(path: Path) -> None:
     """Prints a name on stdout. That nobody reads it any more, or that it cannot be shown, stops nothing."""
     encoding = sys.stdout.encoding or "utf-8"
     try:

@@ -32,6 +32,14 @@ def grid(images: Sequence[UInt8[np.ndarray, "H W 3"] | Image.Image], columns: in
     return Image.fromarray(canvas)
 
 
+def cell(image: Image.Image, count: int, most: int) -> Image.Image:
+    """A picture as one of `count` in a grid of at most `most` pixels: smaller, if that is needed."""
+    share = (most / (image.width * image.height * count)) ** 0.5
+    if share >= 1:
+        return image
+    return image.resize((max(1, int(image.width * share)), max(1, int(image.height * share))))
+
+
 def labelled(image: UInt8[np.ndarray, "H W 3"], text: str, size: int) -> UInt8[np.ndarray, "{size+16} {size} 3"]:
     """uint8 `[H, W, 3]` resized to `size` x `size`, with a white strip above it that says `text`: `[size + 16, size, 3]`."""
     canvas = Image.new("RGB", (size, size + 16), "white")

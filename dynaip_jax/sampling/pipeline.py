@@ -213,7 +213,7 @@ class DynaIPPipeline:
         Raises `UserError` for non-finite results, and if the memory does not hold a single picture.
         """
         shown = Progress.of(progress)
-        with self._out_of_memory(request):
+        with self.within_memory(request):
             (text, image_prompt), routing = self.conditions(request)
         at, count = 0, min(request.options.at_once or len(request), len(request))
         whole = 0  # pictures of the last part; the program is compiled for so many
@@ -221,7 +221,7 @@ class DynaIPPipeline:
             numbers = list(range(at, min(at + count, len(request))))
             padded = numbers + numbers[-1:] * (whole - len(numbers))
             try:
-                with self._out_of_memory(request, raw=len(padded) > 1):
+                with self.within_memory(request, raw=len(padded) > 1):
                     own = request.text(text._replace(references=None), padded)._replace(references=text.references)
                     part = self._part(request, padded, own, image_prompt, routing, shown)
             except OutOfMemory:
@@ -246,7 +246,7 @@ class DynaIPPipeline:
         made = generate(self.parts, conditions, request.latents(pictures), request.options, shown)
         found = np.asarray(made.pictures)
         if not np.isfinite(found).all():
-            self._blame_nan()
+            raise self.not_finite()
         return Generation(
             images=[Image.fromarray(images.to_uint8(p)) for p in found],
             prompts=[request.prompts[k // request.each] for k in pictures],
@@ -299,7 +299,7 @@ class DynaIPPipeline:
         return image_prompt, np.asarray(weights[0]).reshape(len(references), -1, 3).mean(axis=1)
 
     @contextlib.contextmanager
-    def _out_of_memory(self, request: Request, *, raw: bool = False) -> Iterator[None]:
+    def within_memory(self, request: Request, *, raw: bool = False) -> Iterator[None]:
         """Too little memory in the block is a `UserError` that says what helps, or with `raw` stays an `OutOfMemory`."""
         try:
             with memory.watched():
@@ -314,7 +314,8 @@ class DynaIPPipeline:
                 f"`width`, or {remedies(self.family, 'pinned_host' in in_host)}"
             ) from e
 
-    def _blame_nan(self) -> None:
+    def not_finite(self) -> UserError:
+        """What to tell of a picture that is not finite: the weights that are not, or what else may help."""
         trees = dict(self.params) | ({"adapter": self.adapter[1]} if self.adapter else {})
         bad = [
             name
@@ -322,10 +323,10 @@ class DynaIPPipeline:
             if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(to_device(tree)))
         ]
         if bad:
-            raise UserError(
+            return UserError(
                 f"{self.bundle.path}: weights of {', '.join(bad)} hold NaN or infinity; convert or export them again"
             )
-        raise UserError(
+        return UserError(
             "output: the picture is not finite although all weights are; try `dtype` float32, a lower `guidance` or `image_scale`"
         )
 

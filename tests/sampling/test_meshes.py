@@ -10,6 +10,7 @@ import skimage.data
 
 from dynaip_jax.layers import kernels
 from dynaip_jax.runtime.sharding import make_mesh, parse_mesh
+from dynaip_jax.sampling.batches import Asked, draw_together
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.manifest import flatten
 from tests.sampling.test_loras import lora
@@ -31,6 +32,15 @@ def draw(bundle, adapter, mesh):
     return pipe, np.stack(pictures), result.routing
 
 
+def together(pipe):
+    """Two pictures uint8 `[2, 64, 64, 3]` of two calls, in one batch."""
+    options = dict(steps=2, height=64, width=64)
+    calls = [
+        pipe.request(text, [skimage.data.coffee()], seed=n, **options) for n, text in enumerate(("a cup", "a mug"))
+    ]
+    return np.stack([np.asarray(one.images[0]) for one in draw_together(pipe, [Asked(call, 0) for call in calls])])
+
+
 def on_meshes(folder, bundle, adapter):
     """In a child with eight devices: pictures and routing on each mesh, and the share of each component's parameters that one
     device holds; and splash attention, a device's heads each."""
@@ -48,6 +58,8 @@ def on_meshes(folder, bundle, adapter):
             text, same = (p.encode_text(["a cat and a cup"]) for p in (pipe, again))
             jax.tree.map(np.testing.assert_array_equal, same, text)
             assert {x.sharding.memory_kind for x in jax.tree.leaves(same)} == {"device"}
+        if name == MESHES[-1]:
+            np.save(folder / "together.npy", together(pipe))
         np.savez(folder / f"{name}.npz", pictures=pictures, routing=routing)
         (folder / f"{name}.json").write_text(json.dumps(shares))
     merged = DynaIPPipeline.load(bundle, mesh=parse_mesh(MESHES[2]), loras=folder / "lora.safetensors")
@@ -82,6 +94,11 @@ def test_eight_devices_draw_as_one(eight, one, mesh):
     np.testing.assert_allclose(found["routing"], one[2], atol=1e-6)
     difference = np.abs(found["pictures"].astype(int) - one[1])
     assert difference.max() <= 1 and difference.mean() < 0.01  # rounding to 8 bits
+
+
+def test_eight_devices_draw_several_calls_as_one(eight, one):
+    difference = np.abs(np.load(eight / "together.npy").astype(int) - together(one[0]))
+    assert difference.max() <= 1 and difference.mean() < 0.01
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])

@@ -14,14 +14,16 @@ FIELDS = ("prompt", "seed", "n", "date", "time")
 LONGEST = 40  # characters of a prompt
 
 
-def outputs(output: str, prompts: Sequence[str], each: int, seed: int | None, now: time.struct_time) -> list[str]:
+def outputs(
+    output: str, prompts: Sequence[str], each: int, seed: int | None, now: time.struct_time | None
+) -> list[str]:
     """The file of the picture; of several the grid's file, then one each. First come all pictures of the first prompt.
 
     `each`: pictures a prompt; `seed`: of the first, None with noise of one's own. `{seed}` and the like in the name stand for what they
-    say; where pictures do not get names of their own by it, they are numbered. Raises `UserError` for a field that there is not.
+    say (None for `now`: no date and no time); where pictures do not get names of their own by it, they are numbered. Raises `UserError` for a field that there is not.
     """
     count = each * len(prompts)
-    dated = dict(date=time.strftime("%Y-%m-%d", now), time=time.strftime("%H%M%S", now))
+    dated = {} if now is None else dict(date=time.strftime("%Y-%m-%d", now), time=time.strftime("%H%M%S", now))
     first = "noise" if seed is None else str(seed)
     if count == 1:
         return [_filled(output, dated | dict(prompt=_word(prompts[0]), seed=first, n="0"))]

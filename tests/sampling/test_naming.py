@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from dynaip_jax.app.naming import outputs
 from dynaip_jax.errors import UserError
+from dynaip_jax.sampling.naming import outputs
 
 NOW = time.struct_time((2026, 11, 26, 18, 5, 9, 3, 330, 0))
 CAT, DOG = "A cat, on ice!", "a dog"
