@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -22,6 +23,7 @@ from dynaip_jax.families.base import Family
 from dynaip_jax.families.registry import FAMILIES, family_of, open_bundle
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.layers.compute import Compute
+from dynaip_jax.models.dino import Dino, DinoConfig
 from dynaip_jax.storage.adapter import write_adapter
 from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
@@ -133,23 +135,40 @@ def chat_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def make_clip_tokenizer(folder: Path) -> Path:
+    """`folder`, made, with a byte-level tokenizer in it that marks both ends of a text, as CLIP's does."""
+    return _byte_tokenizer(folder, "<s> $A </s>")
+
+
 def _tokenizers(folder: Path) -> dict[str, Path]:
-    """Byte-level tokenizers, without merges, in the form that transformers reads."""
+    """Those of both text encoders, in the form that transformers reads."""
+    return dict(t5=_byte_tokenizer(folder / "t5", "$A </s>"), clip=make_clip_tokenizer(folder / "clip"))
+
+
+def _byte_tokenizer(folder: Path, template: str) -> Path:
+    """`folder`, made, with a tokenizer in it that has a token a byte and no merges; `template`: where its marks stand."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     vocab = _vocabulary()
-    folders = {}
-    for name, template in (("t5", "$A </s>"), ("clip", "<s> $A </s>")):
-        tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens(list(SPECIAL))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(t, vocab[t]) for t in ("<s>", "</s>")]
-        )
-        folders[name] = folder / name
-        folders[name].mkdir()
-        tokenizer.save(str(folders[name] / "tokenizer.json"))
-        config = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-        (folders[name] / "tokenizer_config.json").write_text(json.dumps(config))
-    return folders
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(t, vocab[t]) for t in ("<s>", "</s>")]
+    )
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_dino(path: str | Path, **changes: Any) -> None:
+    """Writes a DINO of random weights, as a measure of `dynaip evaluate set`, to the folder `path`; `changes`: of its config."""
+    config = DinoConfig.tiny(**changes)
+    inputs = {name: np.zeros(x.shape, x.dtype) for name, x in Dino.inputs_spec(config).items()}
+    params = nn.meta.unbox(jax.jit(Dino(config).init)(jax.random.key(SEED), **inputs)["params"])
+    params = jax.tree.map(np.asarray, params)
+    parts = [NewComponent("dino", to_dict(config), params, [dict(made_from=f"seed {SEED}")])]
+    write_bundle(Path(path), parts, family="dino", schedule={}, text={}, defaults={}, tokenizers={})

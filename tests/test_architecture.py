@@ -22,6 +22,7 @@ ROOMS = {  # room of dynaip_jax: the rooms it may import, besides itself and fil
     "sampling": ("families", "adapters", "layers", "images", "storage", "runtime"),
     "jobs": ("sampling", "families", "images", "storage", "runtime"),
     "eval": (),
+    "measuring": ("jobs", "sampling", "eval", "families", "models", "layers", "images", "storage", "runtime"),
     "planner": ("sampling", "families", "adapters", "layers", "storage", "runtime"),
     "shapeland": (
         "sampling",
@@ -50,7 +51,7 @@ ROOMS = {  # room of dynaip_jax: the rooms it may import, besides itself and fil
     ),
 }
 TOP = {
-    "testing": ("families", "adapters", "layers", "storage"),
+    "testing": ("families", "adapters", "models", "layers", "storage"),
     "": ("sampling", "images", "runtime"),
 }  # files at the top that may
 PACKAGES = {"dynaip_jax": (), "tools": ("dynaip_jax",), "train": ("dynaip_jax",), "configs": ("dynaip_jax", "train")}

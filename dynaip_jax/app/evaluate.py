@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dynaip_jax.app import evaluate_set
 from dynaip_jax.commandline import Command, argument, choose, parse
 from dynaip_jax.errors import UserError
 from dynaip_jax.tasks import task
@@ -99,4 +100,7 @@ def shapeland(argv: Sequence[str]) -> int:
 
 
 FLAGS = dict(bundle="--model")
-WORLDS = dict(shapeland=Command(shapeland, "drawn scenes of which everything is known", FLAGS))
+WORLDS = dict(
+    shapeland=Command(shapeland, "drawn scenes of which everything is known", FLAGS),
+    set=Command(evaluate_set.main, "DreamBench, DreamBench++, or a set of your own", FLAGS | dict(set="SET")),
+)

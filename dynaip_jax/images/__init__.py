@@ -6,7 +6,10 @@ from dynaip_jax.images.masks import Mask, load_mask, read_mask
 from dynaip_jax.images.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     NEUTRAL,
+    centre_pixels,
     clip_pixels,
     encoder_pixels,
     mask_to_tokens,
@@ -28,7 +31,7 @@ from dynaip_jax.images.reading import (
 from dynaip_jax.images.writing import Kept, check_png_path, keep_png, save_png
 
 __all__ = [
-    "CLIP_MEAN", "CLIP_STD", "FORMATS", "KINDS", "Kept", "MAX_PIXELS", "MIN_SIDE", "Mask", "NEUTRAL", "cell", "check_png_path", "clip_pixels",
+    "CLIP_MEAN", "CLIP_STD", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "KINDS", "Kept", "MAX_PIXELS", "MIN_SIDE", "Mask", "NEUTRAL", "cell", "centre_pixels", "check_png_path", "clip_pixels",
     "digest", "encoder_pixels", "grid", "keep_png", "labelled", "load_image", "load_images", "load_mask", "mask_to_tokens", "named", "read_mask",
     "read_settings", "regions", "save_png", "several", "square", "to_uint8",
 ]  # fmt: skip

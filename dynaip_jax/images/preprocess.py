@@ -18,6 +18,8 @@ from dynaip_jax.errors import UserError
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 NEUTRAL = (123, 117, 104)
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Encoder(NamedTuple):
@@ -93,6 +95,23 @@ def encoder_pixels(
         image = square(image, mode, wanted.neutral if mode == "pad" else None)
     resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
     return (np.asarray(resized, np.float32) / 255 - wanted.mean) / wanted.std
+
+
+def centre_pixels(
+    image: UInt8[np.ndarray, "H W 3"], resize: int, crop: int, mean: np.ndarray, std: np.ndarray
+) -> Float32[np.ndarray, "{crop} {crop} 3"]:
+    """The middle of a picture as measures read it, float32 `[crop, crop, 3]`: its shorter side resized to `resize` pixels, antialiased
+    bicubic in 8 bits, the centre cut out, normalised.
+
+    Source: `CLIPImageProcessor` and `BitImageProcessor` of transformers.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    size = [int(resize * side / short) for side in (width, height)]
+    resized = Image.fromarray(image).resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    left, top = ((side - crop) // 2 for side in size)
+    cut = np.asarray(resized, np.float32)[top : top + crop, left : left + crop]
+    return (cut / 255 - mean) / std
 
 
 def to_uint8(images: Any) -> UInt8[np.ndarray, "*shape"]:

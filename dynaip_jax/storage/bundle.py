@@ -81,18 +81,19 @@ class Bundle:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], families: Collection[str]) -> Bundle:
-        """Reads and checks `bundle.json`; no weights yet. `families`: names of those that can be used.
+    def open(cls, path: str | os.PathLike[str], families: Collection[str], field: str = "bundle") -> Bundle:
+        """Reads and checks `bundle.json`; no weights yet. `families`: names of those that can be used; `field`: the option that errors
+        name.
 
         Raises `UserError` for anything that is not a bundle we can read.
         """
         path = as_path(path)
         if reading.is_file(path / "model_index.json"):
             raise UserError(
-                f"`bundle` {path}: a diffusers folder; expected a bundle; convert it: "
+                f"`{field}` {path}: a diffusers folder; expected a bundle; convert it: "
                 f"python -m tools.convert_torch_weights --source {path} --out BUNDLE"
             )
-        manifest = read_manifest(path, BUNDLE_FILE, KIND, "bundle", REMEDY, FIELDS)
+        manifest = read_manifest(path, BUNDLE_FILE, KIND, field, REMEDY, FIELDS)
         if manifest.get("family") not in families:
             raise UserError(
                 f"{path / BUNDLE_FILE}: unknown family {manifest.get('family')!r}; expected one of {', '.join(families)}; "

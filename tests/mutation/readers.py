@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.mutation import lists
 from tests.mutation.mutants import damaged_bytes, damaged_json
 
 warnings.simplefilter("ignore")
@@ -951,6 +952,22 @@ class PublicAdapters(Loras):
         return digest(file.read(config, on_one_device(nn.meta.unbox(abstract_ip_adapter_params(config)))))
 
 
+class JobsFile(lists.JobsList, Reader):
+    """See `lists`."""
+
+
+class OwnSetFile(lists.OwnSet, Reader):
+    """See `lists`."""
+
+
+class AnswersFile(lists.Answers, Reader):
+    """See `lists`."""
+
+
+class ScoresOfRun(lists.ScoresFile, Reader):
+    """See `lists`."""
+
+
 def unflatten(leaves):
     from flax.traverse_util import unflatten_dict
 
@@ -962,5 +979,5 @@ READERS: dict[str, Callable[[], Reader]] = dict(
     bundle_folder=BundleFolder, old_bundle_folder=OldBundleFolder, transformer_config=TransformerConfig, vae_config=VAEConfigFile,
     t5_config=T5ConfigFile, clip_text_config=CLIPTextConfigFile, clip_vision_config=CLIPVisionConfigFile, schedule=Schedule,
     npy=Npy, msgpack=Msgpack, gguf=GGUF, pictures=Pictures, features=Features, old_features=OldFeatures, datasets=Datasets, sources=Sources, tokenizer=Tokenizer,
-    loras=Loras, public_adapters=PublicAdapters,
+    loras=Loras, public_adapters=PublicAdapters, jobs=JobsFile, own_set=OwnSetFile, answers=AnswersFile, scores=ScoresOfRun,
 )  # fmt: skip

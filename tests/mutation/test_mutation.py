@@ -17,6 +17,7 @@ from tests.mutation.worker import judged
 QUICK = dict(
     safetensors=300, index=150, npy=200, msgpack=200, gguf=100, transformer_config=40, t5_config=30, clip_text_config=25, clip_vision_config=20,
     schedule=100, sources=150, features=60, old_features=40, bundle_json=20, adapter_json=15, loras=150, public_adapters=100,
+    jobs=150, own_set=100, answers=100, scores=100,
 )  # fmt: skip
 # in a process of their own: they have hung, or died
 GUARDED = dict(vae_config=25, pictures=20, bundle_folder=6, datasets=25)

@@ -18,6 +18,7 @@ from tools.convert_torch_weights.engine import Leaf, Part, Table, conv, convert,
 from tools.convert_torch_weights.selection import Selection
 
 PROJECTIONS = ("visual_projection.weight", "visual.proj")  # transformers' `[out, in]`, OpenAI's `[in, out]`
+TEXT_PROJECTIONS = ("text_projection.weight", "text_projection")
 HEAD = 64  # the width of a head of every CLIP
 TEXT_MARK, VISION_MARK = "token_embedding.weight", "visual.class_embedding"  # in OpenAI's names
 OTHERS = (
@@ -158,17 +159,34 @@ class ProjectionConfig:
 
 def projection_params(tensors: Mapping[str, Any], config: ProjectionConfig, **options: Any) -> dict[str, Any]:
     """`kernel` `[width, projection_dim]` from a CLIP of either naming; `options` are those of `engine.convert`."""
-    name = PROJECTIONS[0] if PROJECTIONS[0] in tensors else PROJECTIONS[1]
-    size = (config.width, config.projection_dim)
-    leaf = Leaf((Part(name, size[::-1]),), (1, 0)) if name == PROJECTIONS[0] else copy(name, *size)
-    target = {"kernel": jax.ShapeDtypeStruct(size, np.float32)}
-    return convert("clip_projection", Selection(tensors, lambda n: n == name), {"kernel": leaf}, target, **options)
+    return _projection("clip_projection", PROJECTIONS, tensors, config, options)
 
 
-def projection_config(shapes: Mapping[str, tuple[int, ...]]) -> ProjectionConfig | None:
-    """Of a file that has one."""
-    name = next((n for n in PROJECTIONS if n in shapes and len(shapes[n]) == 2), None)
+def text_projection_params(tensors: Mapping[str, Any], config: ProjectionConfig, **options: Any) -> dict[str, Any]:
+    """The same of the text tower."""
+    return _projection("text_projection", TEXT_PROJECTIONS, tensors, config, options)
+
+
+def projection_config(
+    shapes: Mapping[str, tuple[int, ...]], names: tuple[str, str] = PROJECTIONS
+) -> ProjectionConfig | None:
+    """Of a file that has one; `names`: what it is called by transformers and by OpenAI."""
+    name = next((n for n in names if n in shapes and len(shapes[n]) == 2), None)
     if name is None:
         return None
-    out, width = shapes[name] if name == PROJECTIONS[0] else shapes[name][::-1]
+    out, width = shapes[name] if name == names[0] else shapes[name][::-1]
     return _read("clip_projection", lambda: ProjectionConfig(width, out))
+
+
+def _projection(
+    component: str,
+    names: tuple[str, str],
+    tensors: Mapping[str, Any],
+    config: ProjectionConfig,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    name = names[0] if names[0] in tensors else names[1]
+    size = (config.width, config.projection_dim)
+    leaf = Leaf((Part(name, size[::-1]),), (1, 0)) if name == names[0] else copy(name, *size)
+    target = {"kernel": jax.ShapeDtypeStruct(size, np.float32)}
+    return convert(component, Selection(tensors, lambda n: n == name), {"kernel": leaf}, target, **options)
