@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.base import Component, Family, Matrices, Preset
+from dynaip_jax.families.base import Component, Matrices, Preset
 from dynaip_jax.families.flux_names import public_names
+from dynaip_jax.families.mmdit import MMDiT
 from dynaip_jax.families.quantize import weights_model
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.layers.packing import image_ids, pack_latents, unpack_latents
@@ -21,7 +22,7 @@ from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.t5 import T5Config, T5Encoder
 from dynaip_jax.models.vae import VAE, VAEConfig
 from dynaip_jax.public_names import PublicNames
-from dynaip_jax.types import Sites, TextCondition
+from dynaip_jax.types import TextCondition
 
 
 def published(guided: bool) -> Preset:
@@ -38,7 +39,7 @@ def published(guided: bool) -> Preset:
     return Preset(configs, dict(dynamic=guided), text, defaults)
 
 
-class Flux1(Family):
+class Flux1(MMDiT):
     """FLUX.1 at given sizes."""
 
     name = "flux"
@@ -50,7 +51,6 @@ class Flux1(Family):
         "clip_vision": Component(CLIPVisionConfig, CLIPVision, lambda c: dict(layers=(c.num_hidden_layers,))),
     }
     text_encoders = ("t5", "clip_text")
-    blocks = ("double_blocks", "single_blocks")
     matrices = (
         Matrices(r"blocks.*(attn_proj|attn_out).*kernel", (1, 2), (3,)),
         Matrices(r"blocks.*(qkv|mod).*kernel", (1,), (3, 4)),
@@ -66,15 +66,12 @@ class Flux1(Family):
             raise UserError(
                 f"{where}: text {text}; expected a t5_length, and a clip_length of at most {tokens}; convert the model again"
             )
-        for what, needed, given in (
+        widths = (
             ("t5 width", transformer.context_in_dim, self.config("t5").d_model),
             ("clip_text width", transformer.vec_in_dim, self.config("clip_text").hidden_size),
             ("vae latent channels x 4", transformer.in_channels, 4 * self.config("vae").z_channels),
-        ):
-            if needed != given:
-                raise UserError(
-                    f"{where}: {what} is {given}, the transformer takes {needed}; convert parts that belong together"
-                )
+        )
+        self.check_widths(where, widths)
 
     def public_names(self) -> PublicNames:
         """BFL's, diffusers', and those of the trainers of LoRAs."""
@@ -117,17 +114,6 @@ class Flux1(Family):
 
     # --- the transformer
 
-    @property
-    def takes_guidance(self) -> bool:
-        """True for dev, whose guidance is distilled into an input."""
-        return self.config("transformer").guidance_embed
-
-    @property
-    def sites(self) -> Sites:
-        """Its double and its single blocks."""
-        c = self.config("transformer")
-        return Sites(c.depth, c.depth_single_blocks, c.num_heads, c.head_dim, c.hidden_size)
-
     def velocity(
         self, params: Any, tokens: jax.Array, t: jax.Array, text: TextCondition, size: tuple[int, int], **inputs: Any
     ):
@@ -143,21 +129,7 @@ class Flux1(Family):
             **inputs,
         )
 
-    def fresh(self, params: Any) -> Any:
-        """Blocks do nothing yet and the velocity is 0: adaLN-Zero, Peebles & Xie, arXiv 2212.09748."""
-
-        def start(path: Any, x: jax.Array) -> jax.Array:
-            name = jax.tree_util.keystr(path)
-            return jnp.zeros_like(x) if "mod" in name or "final_linear" in name else x
-
-        return jax.tree_util.tree_map_with_path(start, params)
-
     def forward_flops(self, image_rows: int, text_rows: int) -> int:
         """See `Family.forward_flops`."""
         c = self.config("transformer")
-        w, n = c.hidden_size, image_rows + text_rows
-        row = 2 * w * (3 * w + w + 2 * c.mlp_dim)  # qkv, projection, MLP: the same in both kinds of block
-        attention = 4 * n * n * w
-        modulation = 2 * w * w * (12 * c.depth + 3 * c.depth_single_blocks + 2)
-        ends = 2 * w * (image_rows * (c.in_channels + c.out_channels) + text_rows * c.context_in_dim)
-        return (c.depth + c.depth_single_blocks) * (n * row + attention) + modulation + ends
+        return self.flops_of(image_rows, text_rows, 2, 12 * c.depth + 3 * c.depth_single_blocks + 2)

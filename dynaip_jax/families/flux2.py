@@ -14,15 +14,16 @@ import numpy as np
 
 from dynaip_jax import flow
 from dynaip_jax.errors import UserError
-from dynaip_jax.families.base import Component, Family, Matrices, Preset
+from dynaip_jax.families.base import Component, Matrices, Preset
 from dynaip_jax.families.chat import ChatTokenizer
+from dynaip_jax.families.mmdit import MMDiT
 from dynaip_jax.families.quantize import weights_model
 from dynaip_jax.flow import ScheduleConfig
 from dynaip_jax.models.clip import CLIPVision, CLIPVisionConfig
 from dynaip_jax.models.flux2 import Flux2, Flux2Config
 from dynaip_jax.models.flux2_vae import Flux2VAE, Flux2VAEConfig
 from dynaip_jax.models.qwen3 import Qwen3, Qwen3Config
-from dynaip_jax.types import Sites, TextCondition
+from dynaip_jax.types import TextCondition
 
 LENGTH = 512  # tokens a prompt
 LONGEST = 1 << 14
@@ -58,7 +59,7 @@ def published(large: bool, distilled: bool) -> Preset:
     return Preset(configs, {}, dict(qwen3_length=LENGTH), defaults(distilled))
 
 
-class Flux2Klein(Family):
+class Flux2Klein(MMDiT):
     """FLUX.2 [klein] at given sizes."""
 
     name = "flux2"
@@ -70,7 +71,6 @@ class Flux2Klein(Family):
     }
     text_encoders = ("qwen3",)
     reads_pictures = True
-    blocks = ("double_blocks", "single_blocks")
     matrices = (
         Matrices(r"blocks.*(attn_proj|attn_out).*kernel", (1, 2), (3,)),
         Matrices(r"blocks.*qkv.*kernel", (1,), (3, 4)),
@@ -92,14 +92,11 @@ class Flux2Klein(Family):
             raise UserError(
                 f"{where}: schedule in bundle.json; expected {{}}, FLUX.2 has but one; convert the model again"
             )
-        for what, needed, given in (
+        widths = (
             ("qwen3 width", transformer.context_in_dim, self.config("qwen3").width),
             ("vae latent channels x 4", transformer.in_channels, self.config("vae").latent_channels),
-        ):
-            if needed != given:
-                raise UserError(
-                    f"{where}: {what} is {given}, the transformer takes {needed}; convert parts that belong together"
-                )
+        )
+        self.check_widths(where, widths)
 
     # --- text
 
@@ -153,51 +150,24 @@ class Flux2Klein(Family):
 
     # --- the transformer
 
-    @property
-    def takes_guidance(self) -> bool:
-        """False for [klein]."""
-        return self.config("transformer").guidance_embed
-
-    @property
-    def sites(self) -> Sites:
-        """Its double and its single blocks."""
-        c = self.config("transformer")
-        return Sites(c.depth, c.depth_single_blocks, c.num_heads, c.head_dim, c.hidden_size)
-
     def velocity(
         self, params: Any, tokens: jax.Array, t: jax.Array, text: TextCondition, size: tuple[int, int], **inputs: Any
     ):
         """See `Family.velocity`."""
-        place = np.arange(text.states.shape[1], dtype=np.float32)[None, :, None]
         return weights_model(self).apply(
             {"params": params},
             tokens,
             jnp.asarray(positions(*size)),
             text.states,
-            jnp.asarray(np.pad(place, ((0, 0), (0, 0), (3, 0)))),
+            jnp.asarray(text_positions(text.states.shape[1])),
             t,
             references=text.references,
             **inputs,
         )
 
-    def fresh(self, params: Any) -> Any:
-        """Blocks do nothing yet and the velocity is 0: adaLN-Zero, Peebles & Xie, arXiv 2212.09748."""
-
-        def start(path: Any, x: jax.Array) -> jax.Array:
-            name = jax.tree_util.keystr(path)
-            return jnp.zeros_like(x) if "modulation" in name or "final_linear" in name else x
-
-        return jax.tree_util.tree_map_with_path(start, params)
-
     def forward_flops(self, image_rows: int, text_rows: int) -> int:
         """See `Family.forward_flops`."""
-        c = self.config("transformer")
-        w, n = c.hidden_size, image_rows + text_rows
-        row = 2 * w * (3 * w + w + 3 * c.mlp_dim)  # qkv, projection, gated MLP: the same in both kinds of block
-        attention = 4 * n * n * w
-        modulation = 2 * w * w * (12 + 3 + 2)
-        ends = 2 * w * (image_rows * (c.in_channels + c.out_channels) + text_rows * c.context_in_dim)
-        return (c.depth + c.depth_single_blocks) * (n * row + attention) + modulation + ends
+        return self.flops_of(image_rows, text_rows, 3, 12 + 3 + 2)
 
     # --- schedule
 
@@ -214,3 +184,8 @@ def positions(height: int, width: int, time: int = 0) -> np.ndarray:
     """Positions float32 `[1, i, 4]` = (time, row, column, 0) of latents of `height` x `width`."""
     axes = np.meshgrid([time], np.arange(height), np.arange(width), [0], indexing="ij")
     return np.stack(axes, axis=-1).reshape(1, -1, 4).astype(np.float32)
+
+
+def text_positions(rows: int) -> np.ndarray:
+    """Positions float32 `[1, rows, 4]` = (0, 0, 0, row) of text."""
+    return np.pad(np.arange(rows, dtype=np.float32)[None, :, None], ((0, 0), (0, 0), (3, 0)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.basic import SEEN, DenseGeneral, LayerNorm, RMSNorm, linear, scanned
+from dynaip_jax.layers.basic import SEEN, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
 from dynaip_jax.layers.positions import rope_table, timestep_embedding
 from dynaip_jax.layers.step_cache import StepCache, cached, first_of, with_first_block
+from dynaip_jax.models.mmdit import QKV, MLPEmbedder, Modulate, heads_out, split
 from dynaip_jax.runtime.sharding import ROWS, WIDE, constrain
 from dynaip_jax.types import ImagePrompt
 
@@ -72,6 +73,11 @@ class FluxConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def head(self) -> tuple[int, int]:
+        """Heads and head size."""
+        return self.num_heads, self.head_dim
+
+    @property
     def mlp_dim(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
 
@@ -100,64 +106,6 @@ class FluxConfig:
         return cls(**{**sizes, **changes})
 
 
-class Modulation(NamedTuple):
-    """Shift, scale and gate `[b, 1, c]` of one normed part of a block; the last layer has no gate."""
-
-    shift: jax.Array
-    scale: jax.Array
-    gate: Any = None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normed, scaled and shifted rows of `x` `[b, n, c]`."""
-        return (1 + self.scale) * LayerNorm(affine=False)(x) + self.shift
-
-
-class MLPEmbedder(nn.Module):
-    """Linear -> SiLU -> Linear, from a vector to the model width."""
-
-    config: FluxConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width, dtypes = self.config.hidden_size, self.compute.dtypes
-        x = linear(width, ("channels", "embed"), name="in_layer", **dtypes)(x)
-        return linear(width, ("channels", "embed"), name="out_layer", **dtypes)(nn.silu(x))
-
-
-class Modulate(nn.Module):
-    """The conditioning vector `[b, c]` -> `parts` `Modulation`s of `vectors` vectors each."""
-
-    config: FluxConfig
-    compute: Compute
-    parts: int
-    vectors: int = 3
-
-    @nn.compact
-    def __call__(self, vec: jax.Array) -> list[Modulation]:
-        shape, axes = (self.parts * self.vectors, self.config.hidden_size), ("embed", None, "mlp")
-        out = linear(shape, axes, name="lin", **self.compute.dtypes)(nn.silu(vec))
-        each = [out[:, None, n] for n in range(shape[0])]
-        return [Modulation(*each[n : n + self.vectors]) for n in range(0, shape[0], self.vectors)]
-
-
-class QKV(nn.Module):
-    """Queries and keys, RMS-normed per head, and values, each `[b, n, h, d]`."""
-
-    config: FluxConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        c, p = self.config, self.compute
-        shape, axes = (3, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim")
-        qkv = linear(shape, axes, name="qkv", use_bias=c.qkv_bias, **p.dtypes)(x)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        q = RMSNorm(param_dtype=p.param_dtype, name="query_norm")(q)
-        k = RMSNorm(param_dtype=p.param_dtype, name="key_norm")(k)
-        return q, k, v
-
-
 class MLP(nn.Module):
     """Linear -> tanh GELU -> Linear."""
 
@@ -182,17 +130,17 @@ class DoubleBlock(nn.Module):
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
         c, p, how, keep = self.config, self.compute, self.injection, partial(self.sow, SEEN, "injection")
         img, txt, evidence = state
-        img_mod1, img_mod2 = Modulate(c, p, 2, name="img_mod")(shared.vec)
-        txt_mod1, txt_mod2 = Modulate(c, p, 2, name="txt_mod")(shared.vec)
-        img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
-        txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
+        img_mod1, img_mod2 = Modulate(c.hidden_size, p, 2, name="img_mod")(shared.vec)
+        txt_mod1, txt_mod2 = Modulate(c.hidden_size, p, 2, name="txt_mod")(shared.vec)
+        img_qkv = QKV(c.head, p, c.qkv_bias, name="img_attn")(img_mod1(img))
+        txt_qkv = QKV(c.head, p, c.qkv_bias, name="txt_attn")(txt_mod1(txt))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
         rope, places, text = shared.rope, shared.places, txt.shape[1]
         heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, text, keep=keep)
-        (txt_heads, img_heads), (txt_term, img_term) = (_split(x, txt.shape[1]) for x in (heads, term))
+        (txt_heads, img_heads), (txt_term, img_term) = (split(x, txt.shape[1]) for x in (heads, term))
 
-        img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
-        txt = txt + txt_mod1.gate * _attn_out(c, p, "txt_attn_proj")(txt_heads)
+        img = img + img_mod1.gate * heads_out(c.hidden_size, p, "img_attn_proj")(img_heads)
+        txt = txt + txt_mod1.gate * heads_out(c.hidden_size, p, "txt_attn_proj")(txt_heads)
         img = img + img_mod2.gate * MLP(c, p, name="img_mlp")(img_mod2(img))
         txt = txt + txt_mod2.gate * MLP(c, p, name="txt_mlp")(txt_mod2(txt))
         img, txt = injection.after_block(how, img, img_term), injection.after_block(how, txt, txt_term)
@@ -211,15 +159,15 @@ class SingleBlock(nn.Module):
     def __call__(self, state, shared: Shared, prompt: BlockPrompt | None):
         c, p, how, keep = self.config, self.compute, self.injection, partial(self.sow, SEEN, "injection")
         rows, evidence = state
-        (mod,) = Modulate(c, p, 1, name="modulation")(shared.vec)
+        (mod,) = Modulate(c.hidden_size, p, 1, name="modulation")(shared.vec)
         x = mod(rows)
-        qkv, rope, places = QKV(c, p, name="attn")(x), shared.rope, shared.places
+        qkv, rope, places = QKV(c.head, p, c.qkv_bias, name="attn")(x), shared.rope, shared.places
         heads, term, evidence = joint_attention(
             how, p.attention, qkv, rope, places, prompt, evidence, self.text_rows, keep=keep
         )
         mlp = constrain(linear(c.mlp_dim, ("embed", "mlp"), name="mlp_in", **p.dtypes)(x), *WIDE)
         mlp = linear(c.hidden_size, ("mlp", "embed"), name="mlp_out", **p.dtypes)(nn.gelu(mlp, approximate=True))
-        out = _attn_out(c, p, "attn_out", use_bias=False)(heads) + mlp
+        out = heads_out(c.hidden_size, p, "attn_out", use_bias=False)(heads) + mlp
         rows = injection.after_block(how, rows + mod.gate * out, term)
         return (constrain(rows, *ROWS), evidence), None
 
@@ -263,9 +211,8 @@ class Flux(nn.Module):
             raise ValueError(
                 f"guidance must be {'given' if c.guidance_embed else 'None'}: guidance_embed is {c.guidance_embed}"
             )
-        head = (c.num_heads, c.head_dim)
         share = injection.shares(
-            image_prompt, c.depth, c.depth_single_blocks, head, jnp.asarray(img_ids), len(img), txt.shape[1]
+            image_prompt, c.depth, c.depth_single_blocks, c.head, jnp.asarray(img_ids), len(img), txt.shape[1]
         )
         vec = self._conditioning(timesteps, pooled, guidance)
         img = constrain(
@@ -287,7 +234,7 @@ class Flux(nn.Module):
         else:
             rows, cache = cached(self, img, partial(_first_block, state, shared, share), all_blocks, cache)
 
-        (mod,) = Modulate(c, p, 1, vectors=2, name="final_modulation")(vec)
+        (mod,) = Modulate(c.hidden_size, p, 1, vectors=2, name="final_modulation")(vec)
         out = linear(c.out_channels, ("embed", "channels"), name="final_linear", **p.dtypes)(mod(rows)).astype(
             jnp.float32
         )
@@ -296,10 +243,12 @@ class Flux(nn.Module):
     def _conditioning(self, timesteps, pooled, guidance) -> jax.Array:
         """The vector `[b, c]` by which all blocks are modulated."""
         c, p = self.config, self.compute
-        vec = MLPEmbedder(c, p, name="time_in")(timestep_embedding(timesteps, 256).astype(p.dtype))
+        vec = MLPEmbedder(c.hidden_size, p, name="time_in")(timestep_embedding(timesteps, 256).astype(p.dtype))
         if guidance is not None:
-            vec = vec + MLPEmbedder(c, p, name="guidance_in")(timestep_embedding(guidance, 256).astype(p.dtype))
-        return vec + MLPEmbedder(c, p, name="vector_in")(pooled.astype(p.dtype))
+            vec = vec + MLPEmbedder(c.hidden_size, p, name="guidance_in")(
+                timestep_embedding(guidance, 256).astype(p.dtype)
+            )
+        return vec + MLPEmbedder(c.hidden_size, p, name="vector_in")(pooled.astype(p.dtype))
 
     @staticmethod
     def inputs_spec(
@@ -341,14 +290,3 @@ def _first_block(state, shared: Shared, share: Shares, flux: Flux) -> jax.Array:
         return _double_blocks(flux, 1, state, shared, first_of(share.double))[0]
 
     return with_first_block(run, flux)
-
-
-def _split(x: jax.Array | None, text_rows: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Text rows and image rows of `[b, n, h, d]`."""
-    return (None, None) if x is None else (x[:, :text_rows], x[:, text_rows:])
-
-
-def _attn_out(c: FluxConfig, p: Compute, name: str, use_bias: bool = True) -> DenseGeneral:
-    """The projection of attention heads `[b, n, h, d]` back to the model width."""
-    axes = ("heads", "head_dim", "embed")
-    return linear(c.hidden_size, axes, name=name, axis=(-2, -1), use_bias=use_bias, **p.dtypes)

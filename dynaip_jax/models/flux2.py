@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers import injection
-from dynaip_jax.layers.basic import SEEN, DenseGeneral, RMSNorm, linear, scanned
+from dynaip_jax.layers.basic import SEEN, DenseGeneral, linear, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import BlockPrompt, Injection, Places, Shares, joint_attention
 from dynaip_jax.layers.positions import rope_table, timestep_embedding
 from dynaip_jax.layers.step_cache import StepCache, cached, first_of, with_first_block
-from dynaip_jax.models.flux import Modulation
+from dynaip_jax.models.mmdit import QKV, MLPEmbedder, Modulate, Modulation, heads_out, split
 from dynaip_jax.runtime.sharding import ROWS, constrain
 from dynaip_jax.types import ImagePrompt, References
 
@@ -82,6 +82,11 @@ class Flux2Config:
         return self.hidden_size // self.num_heads
 
     @property
+    def head(self) -> tuple[int, int]:
+        """Heads and head size."""
+        return self.num_heads, self.head_dim
+
+    @property
     def mlp_dim(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
 
@@ -109,51 +114,6 @@ class Flux2Config:
         return cls(**{**sizes, "axes_dim": (4, 4, 4, 4), **changes})
 
 
-class MLPEmbedder(nn.Module):
-    """Linear -> SiLU -> Linear, from a vector to the model width."""
-
-    config: Flux2Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width, how = self.config.hidden_size, dict(use_bias=False, **self.compute.dtypes)
-        x = linear(width, ("channels", "embed"), name="in_layer", **how)(x)
-        return linear(width, ("channels", "embed"), name="out_layer", **how)(nn.silu(x))
-
-
-class Modulate(nn.Module):
-    """The conditioning vector `[b, c]` -> `parts` `Modulation`s of `vectors` vectors each."""
-
-    config: Flux2Config
-    compute: Compute
-    parts: int
-    vectors: int = 3
-
-    @nn.compact
-    def __call__(self, vec: jax.Array) -> list[Modulation]:
-        shape, axes = (self.parts * self.vectors, self.config.hidden_size), ("embed", None, "mlp")
-        out = linear(shape, axes, name="lin", use_bias=False, **self.compute.dtypes)(nn.silu(vec))
-        each = [out[:, None, n] for n in range(shape[0])]
-        return [Modulation(*each[n : n + self.vectors]) for n in range(0, shape[0], self.vectors)]
-
-
-class QKV(nn.Module):
-    """Queries and keys, RMS-normed per head, and values, each `[b, n, h, d]`."""
-
-    config: Flux2Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        c, p = self.config, self.compute
-        shape, axes = (3, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim")
-        qkv = linear(shape, axes, name="qkv", use_bias=False, **p.dtypes)(x)
-        q = RMSNorm(param_dtype=p.param_dtype, name="query_norm")(qkv[:, :, 0])
-        k = RMSNorm(param_dtype=p.param_dtype, name="key_norm")(qkv[:, :, 1])
-        return q, k, qkv[:, :, 2]
-
-
 class MLP(nn.Module):
     """Linear -> SiLU of the first half times the second -> Linear."""
 
@@ -178,15 +138,15 @@ class DoubleBlock(nn.Module):
         c, p, how, keep = self.config, self.compute, self.injection, partial(self.sow, SEEN, "injection")
         img, txt, evidence = state
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = shared.image, shared.text
-        img_qkv = QKV(c, p, name="img_attn")(img_mod1(img))
-        txt_qkv = QKV(c, p, name="txt_attn")(txt_mod1(txt))
+        img_qkv = QKV(c.head, p, use_bias=False, name="img_attn")(img_mod1(img))
+        txt_qkv = QKV(c.head, p, use_bias=False, name="txt_attn")(txt_mod1(txt))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
         rope, places, rows = shared.rope, shared.places, (self.counts.text, sum(self.counts))
         heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *rows, keep=keep)
-        (txt_heads, img_heads), (txt_term, img_term) = (_split(x, self.counts) for x in (heads, term))
+        (txt_heads, img_heads), (txt_term, img_term) = (split(x, self.counts.text) for x in (heads, term))
 
-        img = img + img_mod1.gate * _attn_out(c, p, "img_attn_proj")(img_heads)
-        txt = txt + txt_mod1.gate * _attn_out(c, p, "txt_attn_proj")(txt_heads)
+        img = img + img_mod1.gate * heads_out(c.hidden_size, p, "img_attn_proj", use_bias=False)(img_heads)
+        txt = txt + txt_mod1.gate * heads_out(c.hidden_size, p, "txt_attn_proj", use_bias=False)(txt_heads)
         img = img + img_mod2.gate * MLP(c, p, name="img_mlp")(img_mod2(img))
         txt = txt + txt_mod2.gate * MLP(c, p, name="txt_mlp")(txt_mod2(txt))
         img, txt = injection.after_block(how, img, img_term), injection.after_block(how, txt, txt_term)
@@ -207,10 +167,11 @@ class SingleBlock(nn.Module):
         rows, evidence = state
         (mod,) = shared.single
         x = mod(rows)
-        qkv, rope, places = QKV(c, p, name="attn")(x), shared.rope, shared.places
+        qkv, rope, places = QKV(c.head, p, use_bias=False, name="attn")(x), shared.rope, shared.places
         own = (self.counts.text, sum(self.counts))
         heads, term, evidence = joint_attention(how, p.attention, qkv, rope, places, prompt, evidence, *own, keep=keep)
-        out = _attn_out(c, p, "attn_out")(heads) + _mlp_out(c, p, "mlp_out")(_gated(c, p, "mlp_in", x))
+        attended = heads_out(c.hidden_size, p, "attn_out", use_bias=False)(heads)
+        out = attended + _mlp_out(c, p, "mlp_out")(_gated(c, p, "mlp_in", x))
         rows = injection.after_block(how, rows + mod.gate * out, term)
         return (constrain(rows, *ROWS), evidence), None
 
@@ -254,9 +215,9 @@ class Flux2(nn.Module):
             raise ValueError(
                 f"guidance must be {'given' if c.guidance_embed else 'None'}: guidance_embed is {c.guidance_embed}"
             )
-        head, counts = (c.num_heads, c.head_dim), Counts(txt.shape[1], img.shape[1])
+        counts = Counts(txt.shape[1], img.shape[1])
         share = injection.shares(
-            image_prompt, c.depth, c.depth_single_blocks, head, jnp.asarray(img_ids), len(img), counts.text
+            image_prompt, c.depth, c.depth_single_blocks, c.head, jnp.asarray(img_ids), len(img), counts.text
         )
         vec = self._conditioning(timesteps, guidance)
         tokens, ids = [img], [txt_ids, img_ids]
@@ -266,9 +227,9 @@ class Flux2(nn.Module):
         txt = self._embedded("txt_in", txt.astype(p.dtype))
         ids = [jnp.broadcast_to(x, (max(len(y) for y in ids), *x.shape[1:])) for x in ids]
         shared = Shared(
-            Modulate(c, p, 2, name="double_modulation_img")(vec),
-            Modulate(c, p, 2, name="double_modulation_txt")(vec),
-            Modulate(c, p, 1, name="single_modulation")(vec),
+            self._modulate("double_modulation_img", 2)(vec),
+            self._modulate("double_modulation_txt", 2)(vec),
+            self._modulate("single_modulation", 1)(vec),
             rope_table(jnp.concatenate(ids, axis=1), c.axes_dim, c.theta),
             share.places,
         )
@@ -283,18 +244,24 @@ class Flux2(nn.Module):
             first = partial(_first_block, state, shared, share, counts)
             rows, cache = cached(self, img[:, : counts.image], first, all_blocks, cache)
 
-        (mod,) = Modulate(c, p, 1, vectors=2, name="final_modulation")(vec)
+        (mod,) = self._modulate("final_modulation", 1, vectors=2)(vec)
         how = dict(name="final_linear", use_bias=False, **p.dtypes)
         out = linear(c.out_channels, ("embed", "channels"), **how)(mod(rows)).astype(jnp.float32)
         return out if cache is None else (out, cache)
 
     def _conditioning(self, timesteps, guidance) -> jax.Array:
         """The vector `[b, c]` by which all blocks are modulated."""
-        c, p = self.config, self.compute
-        vec = MLPEmbedder(c, p, name="time_in")(timestep_embedding(timesteps, 256).astype(p.dtype))
+        how = (self.config.hidden_size, self.compute, False)
+        vec = MLPEmbedder(*how, name="time_in")(self._sinusoids(timesteps))
         if guidance is None:
             return vec
-        return vec + MLPEmbedder(c, p, name="guidance_in")(timestep_embedding(guidance, 256).astype(p.dtype))
+        return vec + MLPEmbedder(*how, name="guidance_in")(self._sinusoids(guidance))
+
+    def _sinusoids(self, values: jax.Array) -> jax.Array:
+        return timestep_embedding(values, 256).astype(self.compute.dtype)
+
+    def _modulate(self, name: str, parts: int, vectors: int = 3) -> Modulate:
+        return Modulate(self.config.hidden_size, self.compute, parts, vectors, use_bias=False, name=name)
 
     def _embedded(self, name: str, rows: jax.Array) -> jax.Array:
         how = dict(name=name, use_bias=False, **self.compute.dtypes)
@@ -341,11 +308,6 @@ def _first_block(state, shared: Shared, share: Shares, counts: Counts, flux: Flu
     return with_first_block(run, flux)
 
 
-def _split(x: jax.Array | None, counts: Counts) -> tuple[jax.Array | None, jax.Array | None]:
-    """Text rows and the others of `[b, n, h, d]`."""
-    return (None, None) if x is None else (x[:, : counts.text], x[:, counts.text :])
-
-
 def _gated(c: Flux2Config, p: Compute, name: str, x: jax.Array) -> jax.Array:
     """SiLU of the first half of a projection of `x` `[b, n, c]` times its second half, `[b, n, width of an MLP]`."""
     both = linear((2, c.mlp_dim), ("embed", None, "mlp"), name=name, use_bias=False, **p.dtypes)(x)
@@ -355,9 +317,3 @@ def _gated(c: Flux2Config, p: Compute, name: str, x: jax.Array) -> jax.Array:
 
 def _mlp_out(c: Flux2Config, p: Compute, name: str) -> DenseGeneral:
     return linear(c.hidden_size, ("mlp", "embed"), name=name, use_bias=False, **p.dtypes)
-
-
-def _attn_out(c: Flux2Config, p: Compute, name: str) -> DenseGeneral:
-    """The projection of attention heads `[b, n, h, d]` back to the model width."""
-    axes = ("heads", "head_dim", "embed")
-    return linear(c.hidden_size, axes, name=name, axis=(-2, -1), use_bias=False, **p.dtypes)

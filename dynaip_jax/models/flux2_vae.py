@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dynaip_jax import schema
 from dynaip_jax.layers.basic import linear, parameter
 from dynaip_jax.layers.compute import Compute
-from dynaip_jax.models.vae import MOST, REMAT, Decoder, Encoder, VAEConfig
+from dynaip_jax.models.vae import MOST, REMAT, Decoder, Encoder, VAEConfig, check_size
 
 SQUARE = 2  # pixels a side of what a latent pixel joins
 
@@ -132,9 +132,7 @@ class Flux2VAE(nn.Module):
 
         Raises `ValueError` if H or W is not a multiple of `config.downsample`.
         """
-        step = self.config.downsample
-        if images.shape[1] % step or images.shape[2] % step:
-            raise ValueError(f"picture of {images.shape[1]} x {images.shape[2]} pixels: expected multiples of {step}")
+        check_size(images, self.config.downsample)
         moments = self.quant(self.encoder(images)).astype(jnp.float32)
         mean, logvar = (squares(x) for x in jnp.split(moments, 2, axis=-1))
         usual, variance = self.statistics()

@@ -226,9 +226,7 @@ class VAE(nn.Module):
 
         Raises `ValueError` if H or W is not a multiple of `config.downsample`.
         """
-        step = self.config.downsample
-        if images.shape[1] % step or images.shape[2] % step:
-            raise ValueError(f"picture of {images.shape[1]} x {images.shape[2]} pixels: expected multiples of {step}")
+        check_size(images, self.config.downsample)
         return self.encoder(images).astype(jnp.float32)
 
     def latents(self, moments: jax.Array, noise: jax.Array | None = None) -> jax.Array:
@@ -251,6 +249,13 @@ class VAE(nn.Module):
         """Shape of the argument of `__call__`, by name: for `init`, fake batches and compilation."""
         side = config.resolution
         return dict(images=jax.ShapeDtypeStruct((batch, side, side, config.in_channels), jnp.float32))
+
+
+def check_size(images: jax.Array, step: int) -> None:
+    """Raises `ValueError` unless height and width of `images` `[b, H, W, c]` are multiples of `step`."""
+    height, width = images.shape[1:3]
+    if height % step or width % step:
+        raise ValueError(f"picture of {height} x {width} pixels: expected multiples of {step}")
 
 
 def _resnet(c: VAEConfig, p: Compute, width: int, name: str) -> nn.Module:

@@ -53,6 +53,11 @@ def test_references_stand_where_diffusers_puts_them():
     np.testing.assert_array_equal(np.concatenate(ours, axis=1), theirs.numpy())
 
 
+def test_text_stands_where_diffusers_puts_it():
+    theirs = Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 3))
+    np.testing.assert_array_equal(flux2.text_positions(7), theirs.numpy())
+
+
 def test_fresh_parameters_have_no_velocity():
     """With them training from scratch starts; the text and the time count once they are trained."""
     family = tiny_family("flux2")

@@ -8,8 +8,9 @@ import jax
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection, joint_attention
 from dynaip_jax.models import flux, flux2
-from dynaip_jax.models.flux import Flux, FluxConfig, Modulation
+from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.flux2 import Counts, Flux2, Flux2Config
+from dynaip_jax.models.mmdit import Modulation
 
 B, S, M, T, I = 2, 2, 5, 8, 16  # noqa: E741  (the axis letters)
 
