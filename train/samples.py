@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,15 @@ class Sampler:
             raise UserError(f"`sample.size` {config.sample.size}: expected a multiple of {family.multiple}")
         self._prompts, self._references = _prompts_and_references(config.sample, run.dataset)
         text_encoders = run.held(*family.text_encoders)
-        self._text = encode_text(family, text_encoders, run.tokenizers.ids(self._prompts))
+        self._options = _options(config.sample, run.bundle.manifest["defaults"], family)
+        negative = self._options.negative_prompt
+        texts = self._prompts + ([] if negative is None else [negative])
+        self._text = encode_text(family, text_encoders, run.tokenizers.ids(texts))
         del text_encoders
         self._levels = self._seen() if isinstance(constants.adapter, DynaIPConfig) else None
         self._vae = run.held("vae")["vae"]
         latent = family.latent(config.sample.size, config.sample.size)
         self._noise = np.asarray(jax.random.normal(jax.random.key(config.seed), (1, *latent)))
-        guidance = config.sample.guidance if family.takes_guidance else None
-        self._options = SampleOptions(steps=config.sample.steps, guidance=guidance)
 
     def _seen(self) -> tuple[jax.Array, ...]:
         """CLIP's hidden states of the references, each `[n, 1, m, c]`: they do not change while the adapter is trained."""
@@ -94,7 +96,10 @@ class Sampler:
         drawn = []
         for start in range(0, count, together):
             rows = np.resize(np.arange(start, min(start + together, count)), together)
-            text, levels = jax.tree.map(lambda x, rows=rows: x[rows], (self._text, self._levels))
+            guided = self._options.true_cfg is not None
+            lines = np.concatenate([rows, np.full(together if guided else 0, count)])  # the negative prompt comes last
+            text = jax.tree.map(lambda x, lines=lines: x[lines], self._text)
+            levels = jax.tree.map(lambda x, rows=rows: x[rows], self._levels)
             options, prompt = self._options, None
             if text_gain is not None and levels is not None:
                 options = dataclasses.replace(options, text_gain=text_gain)
@@ -111,6 +116,13 @@ class Sampler:
                 decoded = multihost_utils.process_allgather(decoded, tiled=True)
             drawn.append(np.asarray(decoded)[: count - start])
         return np.concatenate(drawn)
+
+
+def _options(sample: SampleConfig, defaults: Mapping[str, Any], family: Family) -> SampleOptions:
+    """How the grid's pictures are made: as the config says, and with true CFG where the model asks for it."""
+    guidance = sample.guidance if family.takes_guidance else None
+    asked = SampleOptions(steps=sample.steps, guidance=guidance, height=sample.size, width=sample.size)
+    return asked.filled(defaults, multiple=family.multiple, takes_guidance=family.takes_guidance)
 
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dynaip_jax import images
+from dynaip_jax.families.registry import open_bundle
+from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from tests.train.runs import metrics
 from train import assemble
 from train.cache import cache
@@ -93,6 +96,22 @@ def test_a_cached_run_reads_the_encoders_for_its_evaluators_and_drops_them(valid
         grids.append(np.asarray(Image.open(tmp_path / name / "samples" / "step_000001.png")))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     np.testing.assert_array_equal(*grids)
+
+
+def test_a_grid_has_guidance_where_the_model_asks_for_it(config, tmp_path):
+    """Its pictures without an image prompt are those that the pipeline makes of the same noise."""
+    bundle, prompts = open_bundle(config.bundle), ["a cat", "a cup"]
+    bundle.manifest["defaults"]["true_cfg"] = 3.0
+    sample = SampleConfig(every=1, prompts=tuple(prompts), size=32, steps=2)
+    run = Run(dataclasses.replace(config, sample=sample), tmp_path, bundle=bundle)
+    sampler = Sampler(run)
+    drawn = sampler._pictures(run.fresh_state(), None)
+    size = dict(height=32, width=32, steps=2, guidance=sample.guidance)
+    guidance = dict(true_cfg=3.0, negative_prompt="")
+    pipe = DynaIPPipeline.load(config.bundle)
+    plain, guided = (pipe(prompts, noise=sampler._noise, **size, **how).images for how in ({}, guidance))
+    np.testing.assert_allclose(images.to_uint8(drawn).astype(int), np.stack(guided), atol=1)
+    assert np.abs(np.stack(plain).astype(int) - np.stack(guided)).max() > 3
 
 
 def test_a_grid_of_samples_is_drawn_with_the_averaged_weights(config, tmp_path):
