@@ -16,6 +16,10 @@ SCHEDULER = dict(  # of diffusers' scheduler_config.json: what its pipeline need
 )  # fmt: skip
 
 
+DEV = "FLUX.2 [dev], whose text encoder (Mistral Small) is not known here; expected FLUX.2 [klein]"
+KV = "FLUX.2 [klein] 9B-KV, which reads reference pictures in a way of its own; expected [klein] or its base"
+
+
 def own(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a single file is of FLUX.2."""
     return flux2_vae.is_flux2(shapes) or flux2.is_flux2(shapes)
@@ -31,9 +35,7 @@ def manifest(sources: Sources, length: int | None) -> dict[str, Any]:
     _check_scheduler(sources.scheduler)
     transformer = sources.components.get("transformer")
     if transformer is not None and transformer.config.guidance_embed:
-        raise UserError(
-            "transformer: FLUX.2 [dev], whose text encoder is not known here; expected [klein]; use a checkpoint of that kind"
-        )
+        raise UserError(f"transformer: {DEV}; use a checkpoint of another kind")
     return dict(
         schedule={}, text=dict(qwen3_length=length or family.LENGTH), defaults=family.defaults(_distilled(sources))
     )
@@ -72,4 +74,5 @@ LAYOUT = Layout(
     own=own,
     single=one_component(single, ("model.diffusion_model.", "vae.")),
     manifest=manifest,
+    refused=dict(Flux2Pipeline=DEV, Flux2KleinKVPipeline=KV),
 )

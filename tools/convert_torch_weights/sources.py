@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dynaip_jax import reading
@@ -56,7 +57,8 @@ class Layout(NamedTuple):
     `pipelines`: class names in `model_index.json`; `folders`: by component; `tokenizers`: name in a bundle -> folder; `own`: whether
     a file is of this family and of no other, by the shapes of its tensors; `single`: the components of a file (its tensors, its files), a `UserError` if it is none; `manifest`: "schedule", "text" and "defaults" of
     `bundle.json` from what was found and a text length; `back`: writes a bundle as "diffusers" or "bfl" into a folder, which then
-    holds one of the files `marks`, and tells of each component.
+    holds one of the files `marks`, and tells of each component; `refused`: class names in `model_index.json` -> what they are, of
+    relatives that are not known here.
     """
 
     family: str
@@ -68,6 +70,7 @@ class Layout(NamedTuple):
     manifest: Callable[[Sources, int | None], dict[str, Any]]
     back: Callable[[Bundle, str, Path, Callable[[str], object]], None] | None = None
     marks: tuple[str, ...] = ()
+    refused: Mapping[str, str] = MappingProxyType({})
 
 
 def read(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, Sources]:
@@ -118,6 +121,8 @@ def diffusers_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Layout, S
     kind = read_json(path / "model_index.json").get("_class_name")
     kind = kind if isinstance(kind, str) else None
     layout = next((layout for layout in layouts if kind in layout.pipelines), None)
+    if what := next((w for layout in layouts for name, w in layout.refused.items() if name == kind), None):
+        raise UserError(f"`source` {path}: {what}; use a checkpoint of another kind")
     if layout is None:
         expected = ", ".join(name for layout in layouts for name in layout.pipelines[:3])
         raise UserError(
