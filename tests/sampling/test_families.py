@@ -75,8 +75,9 @@ def test_guidance_away_from_a_negative_prompt_and_the_step_cache(plain, base):
         draw(plain, height=40)
 
 
-def test_eight_bit_weights_and_bfloat16(tiny2, base):
-    small = DynaIPPipeline.load(tiny2[0], weights="int8", dtype="bfloat16")
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_eight_bit_weights_and_bfloat16(tiny2, base, weights):
+    small = DynaIPPipeline.load(tiny2[0], weights=weights, dtype="bfloat16")
     assert 0 < np.abs(draw(small) - base).mean() < 8
 
 
