@@ -1,6 +1,6 @@
 """One forward of a mid-sized FLUX on CPU: ours against diffusers eager, the adapter's extra cost, compile time, CLI start.
 
-python -m benchmarks.flux_forward [--repeats N] [--json]
+python -m benchmarks.flux_forward [--family flux2] [--repeats N] [--json]
 
 The two programs take turns in one process, on the same random weights and inputs, so that the ratio is fair on a busy
 machine; absolute times are not. Needs the `test` extra (torch, diffusers).
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +24,73 @@ import numpy as np
 
 from benchmarks.output import show
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
+from dynaip_jax.families.flux2 import positions, text_positions
 from dynaip_jax.layers.packing import image_ids
 from dynaip_jax.models.flux import Flux, FluxConfig
+from dynaip_jax.models.flux2 import Flux2, Flux2Config
 from dynaip_jax.types import ImagePrompt, Sites
 from tools.convert_torch_weights import flux as convert_flux
+from tools.convert_torch_weights import flux2 as convert_flux2
 
 GRID, TEXT, REFERENCE_TOKENS, CLIP_WIDTH = 32, 256, 257, 1024
+SIZES = dict(num_layers=4, num_single_layers=8, attention_head_dim=64, num_attention_heads=12, joint_attention_dim=1024)
+NAMES = dict(  # of inputs, ours and diffusers'
+    img="hidden_states",
+    img_ids="img_ids",
+    txt="encoder_hidden_states",
+    txt_ids="txt_ids",
+    timesteps="timestep",
+    pooled="pooled_projections",
+    guidance="guidance",
+)
+
+
+class Pair(NamedTuple):
+    """The same network twice: diffusers' and ours with its parameters, and positions of image and text rows."""
+
+    theirs: Any
+    ours: Any
+    params: Any
+    img_ids: np.ndarray
+    txt_ids: np.ndarray
+
+
+def flux() -> Pair:
+    """A small FLUX.1-dev."""
+    from diffusers import FluxTransformer2DModel
+
+    theirs: Any = FluxTransformer2DModel(
+        **SIZES, axes_dims_rope=(8, 28, 28), pooled_projection_dim=768, guidance_embeds=True
+    )
+    config = convert_flux.config_from_diffusers(dict(theirs.config))
+    params = convert_flux.params_from_torch(theirs.state_dict(), config)
+    return Pair(theirs, Flux(config), params, image_ids(2 * GRID, 2 * GRID), np.zeros((1, TEXT, 3), np.float32))
+
+
+def flux2() -> Pair:
+    """A small FLUX.2 [klein]."""
+    from diffusers import Flux2Transformer2DModel
+
+    theirs: Any = Flux2Transformer2DModel(**SIZES, axes_dims_rope=(16, 16, 16, 16), guidance_embeds=False)
+    config = convert_flux2.config_from_diffusers(dict(theirs.config))
+    params = convert_flux2.params_from_torch(theirs.state_dict(), config)
+    return Pair(theirs, Flux2(config), params, positions(GRID, GRID), text_positions(TEXT))
+
+
+PAIRS = dict(flux=flux, flux2=flux2)
 
 
 def main() -> int:
     """Prints one line a figure, or one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=PAIRS, default="flux")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
     import torch
 
-    runs, compile_s = programs()
+    runs, compile_s = programs(args.family)
     outputs = {name: run() for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.repeats):
@@ -65,45 +114,29 @@ def main() -> int:
     return 0
 
 
-def programs() -> tuple[dict[str, Callable[[], np.ndarray]], float]:
+def programs(family: str) -> tuple[dict[str, Callable[[], np.ndarray]], float]:
     """The forwards to be compared, by name, and how long ours took to compile."""
     import torch
-    from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
-    sizes = dict(
-        num_layers=4, num_single_layers=8, attention_head_dim=64, num_attention_heads=12, axes_dims_rope=(8, 28, 28)
-    )
-    widths = dict(joint_attention_dim=1024, pooled_projection_dim=768)
-    model: Any = FluxTransformer2DModel(**sizes, **widths, guidance_embeds=True)
-    model.eval()
-    config = convert_flux.config_from_diffusers(dict(model.config))
-    params = jax.device_put(convert_flux.params_from_torch(model.state_dict(), config))
+    pair = PAIRS[family]()
+    model, config, params = pair.theirs.eval(), pair.ours.config, jax.device_put(pair.params)
     rng = np.random.default_rng(0)
-    spec = Flux.inputs_spec(config, 1, GRID * GRID, TEXT)
+    spec = pair.ours.inputs_spec(config, 1, GRID * GRID, TEXT)
     x = {k: rng.normal(size=s.shape).astype(np.float32) for k, s in spec.items()}
-    ids = dict(img_ids=image_ids(2 * GRID, 2 * GRID), txt_ids=np.zeros((1, TEXT, 3), np.float32))
-    x |= ids | dict(timesteps=np.array([0.5], np.float32))
+    x |= dict(img_ids=pair.img_ids, txt_ids=pair.txt_ids, timesteps=np.array([0.5], np.float32))
 
-    forward = jax.jit(Flux(config).apply)
+    forward = jax.jit(pair.ours.apply)
     start = time.perf_counter()
     plain = forward.lower({"params": params}, **x).compile()
     compile_s = time.perf_counter() - start
     prompt = image_prompt(config, rng)
     adapted = forward.lower({"params": params}, **x, image_prompt=prompt).compile()
-    tensors = {k: torch.tensor(v) for k, v in x.items()}
+    tensors = {NAMES[k]: torch.tensor(v[0] if k in ("img_ids", "txt_ids") else v) for k, v in x.items()}
 
     def theirs() -> np.ndarray:
         with torch.no_grad():
-            return model(
-                hidden_states=tensors["img"],
-                encoder_hidden_states=tensors["txt"],
-                pooled_projections=tensors["pooled"],
-                timestep=tensors["timesteps"],
-                guidance=tensors["guidance"],
-                img_ids=tensors["img_ids"][0],
-                txt_ids=tensors["txt_ids"][0],
-            ).sample.numpy()
+            return model(**tensors).sample.numpy()
 
     ours = dict(
         ours=lambda: np.asarray(plain({"params": params}, **x)),
@@ -112,7 +145,7 @@ def programs() -> tuple[dict[str, Callable[[], np.ndarray]], float]:
     return dict(diffusers=theirs) | ours, compile_s
 
 
-def image_prompt(config: FluxConfig, rng: np.random.Generator) -> ImagePrompt:
+def image_prompt(config: FluxConfig | Flux2Config, rng: np.random.Generator) -> ImagePrompt:
     """Of one reference, for the double blocks, by a fresh adapter."""
     sites = Sites(config.depth, config.depth_single_blocks, config.num_heads, config.head_dim, config.hidden_size)
     adapter = DynaIPConfig.for_base(sites, CLIP_WIDTH, blocks="double")
