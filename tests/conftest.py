@@ -6,11 +6,14 @@ import importlib
 import os
 import pkgutil
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of a command in the background; children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Programs of tests run for moments: optimising them, and code generators that are slow themselves, would take most of the time.
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

@@ -191,7 +191,7 @@ def test_cache_and_prepare_write_nothing(loss, tmp_path, monkeypatch):
 def test_the_converter_writes_nothing(loss, tmp_path, monkeypatch):
     monkeypatch.setattr(converter, "LAYOUTS", [SimpleNamespace(family="x", manifest=lambda *_: {})])
     monkeypatch.setattr(converter, "write_bundle", signals)
-    said = loss(lambda: converter.convert([], None, tmp_path / "bundle"))
+    said = loss(lambda: converter.convert([], [], tmp_path / "bundle"))
     assert said == f"interrupted; nothing is written to {tmp_path / 'bundle'}" and not list(tmp_path.iterdir())
 
 
@@ -209,4 +209,4 @@ def test_every_command_heeds_signals():
     for folder in ("train", "tools"):
         for path in (root / folder).rglob("*.py"):
             _, main, last = path.read_text().partition('if __name__ == "__main__":')
-            assert not main or "sys.exit(run_cli(main))" in last, path
+            assert not main or "sys.exit(run_cli(main" in last, path
