@@ -54,7 +54,7 @@ from dynaip_jax.testing import make_adapter, make_bundle  # noqa: E402
 from tests.fake_bucket import fake_bucket, served  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
-MAPS = 25_000  # a module takes up to 14,000
+MAPS, MEMORY = 25_000, 2.5e9  # a module takes up to 14,000 maps
 
 
 def pytest_unconfigure(config):
@@ -78,9 +78,12 @@ def made_once(name, make):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Compiled programs stay for the modules after, until they are many: each holds memory maps, of which Linux gives a process 65530."""
+    """Compiled programs stay for the modules after, until they are many: each holds memory, and memory maps, of which Linux gives a
+    process 65530."""
     yield
-    if len(Path("/proc/self/maps").read_bytes().splitlines()) > MAPS:
+    maps = len(Path("/proc/self/maps").read_bytes().splitlines())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if maps > MAPS or pages * os.sysconf("SC_PAGE_SIZE") > MEMORY:
         jax.clear_caches()
         gc.collect()
 
