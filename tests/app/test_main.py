@@ -42,7 +42,7 @@ def test_help_names_every_command(dynaip):
         ((), "no command given; expected one of sample, demo, evaluate, plot, sweep, maps, routing, plan; see dynaip --help"),
         (("simple",), "simple: no such command; expected one of sample, demo, evaluate, plot, sweep, maps, routing, plan; see dynaip --help"),
         (("--quiet",), "--quiet: no such command; expected one of sample, demo, evaluate, plot, sweep, maps, routing, plan; see dynaip --help"),
-        (("evaluate",), "no command given; expected one of shapeland; see dynaip evaluate --help"),
+        (("evaluate",), "no command given; expected one of shapeland, set; see dynaip evaluate --help"),
         (("demo", "--prompt", "a star"), "--prompt: given without --reference; expected both, or neither; add --reference"),
         (("demo", "--size", "3"), "unrecognized arguments: --size 3; see dynaip demo --help"),
     ),
