@@ -345,7 +345,9 @@ def test_options_are_given_together_or_by_name(pipe):
     result = pipe("a cat", photographs()[:1], options=together)
     np.testing.assert_array_equal(np.asarray(result.images[0]), draw(pipe, photographs()[0], seed=2, image_scale=0.5))
     assert result.options.image_scale == 0.5 and result.options.merge == "sum" and result.prompts == ["a cat"]
-    with pytest.raises(UserError, match="`stpes`: no such option; expected some of at_once, block_scale, cache_threshold"):
+    with pytest.raises(
+        UserError, match="`stpes`: no such option; expected some of at_once, block_scale, cache_threshold"
+    ):
         pipe("a cat", photographs()[:1], stpes=3)
 
 
