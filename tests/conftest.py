@@ -1,5 +1,6 @@
 """All tests run on CPU with full float32 products, offline."""
 
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -86,6 +87,8 @@ def forget_programs():
     if maps > MAPS or pages * os.sysconf("SC_PAGE_SIZE") > MEMORY:
         jax.clear_caches()
         gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's: memory goes back to the system
+            trim(0)
 
 
 @pytest.fixture(autouse=True)
