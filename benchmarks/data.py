@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from PIL import Image, features
 
 from dynaip_jax import images
 from dynaip_jax.data.check import Limits, Picture, Row, check
-from dynaip_jax.data.config import DataConfig, buckets
+from dynaip_jax.data.config import Bucket, DataConfig, buckets
 from dynaip_jax.data.loader import make_loader
-from dynaip_jax.data.records import Record, open_dataset, write_dataset
+from dynaip_jax.data.records import Dataset, Record, open_dataset, write_dataset
 from dynaip_jax.data.samples import Pictures
 
 BATCH = 8
@@ -68,12 +69,10 @@ def main() -> int:
             config = DataConfig(path=str(folder), resolution=args.resolution, aspects=("1:1", "3:2"), prefetch=4)
             reader, bucket = Pictures(dataset, config, NoText()), buckets(args.resolution, ("3:2",))[0]
             rows = itertools.cycle(range(len(dataset)))
-            steps: dict[str, Callable[[int], Any]] = (
-                dict(  # mypy cannot infer lambdas with defaults: hence `type: ignore`
-                    records=dataset.__getitem__,
-                    decoded=lambda n, d=dataset: images.load_image("record", data=d[n].target),  # type: ignore[misc]
-                    samples=lambda n, r=reader, b=bucket: r.read(np.array([n]), b, 0),  # type: ignore[misc]
-                )
+            steps: dict[str, Callable[[int], Any]] = dict(
+                records=dataset.__getitem__,
+                decoded=partial(_decoded, dataset),
+                samples=partial(_sample, reader, bucket),
             )
             rates = {f"{k}_per_core_s": _rate(call, rows, args.seconds) for k, call in steps.items()}
             _print(
@@ -116,6 +115,14 @@ def _records(side: int, kind: str) -> list[Record]:
             raise ValueError(f"--side {side}: {record.reason}")
         records.append(record)
     return records
+
+
+def _decoded(dataset: Dataset, row: int) -> Any:
+    return images.load_image("record", data=dataset[row].target)
+
+
+def _sample(reader: Pictures, bucket: Bucket, row: int) -> Any:
+    return reader.read(np.array([row]), bucket, 0)
 
 
 def _rate(call: Callable[[int], Any], rows: Iterator[int], seconds: float) -> float:

@@ -89,7 +89,7 @@ def parse_known(
 
 def _filled(cls: type[T], given: dict[str, Any], prog: str) -> T:
     """The arguments that are given, and defaults. Raises `UserError` if there is none where one is the least."""
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]  # mypy has no bound for any dataclass
         if f.default is False:
             given[f.name] = bool(given[f.name])  # tyro counts it
         elif given.get(f.name) == () and (f.default is dataclasses.MISSING or not f.metadata["repeat"]):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynaip_jax import schema
-from dynaip_jax.adapters.ip_adapter import BANK, EPSILON, Read, bank
+from dynaip_jax.adapters.ip_adapter import BANK, EPSILON, Read, bank, tokens_of
 from dynaip_jax.layers.basic import LayerNorm, linear
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection
@@ -79,10 +79,8 @@ class InstantXConfig:
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]], sites: Sites) -> InstantXConfig:
         """Read off a file's tensors, for a backbone's blocks and heads. Raises `KeyError` or `ValueError` for shapes that fit none."""
         (width,), (hidden, embedding) = shapes[f"{PROJECTION}.norm.weight"], shapes[f"{PROJECTION}.proj.0.weight"]
-        rows = shapes[f"{PROJECTION}.proj.2.weight"][0]
-        tokens, rest = divmod(rows, width)
-        if rest or not tokens:
-            raise ValueError(f"{rows} rows of {PROJECTION}.proj.2.weight, expected a multiple of {width}")
+        last = f"{PROJECTION}.proj.2.weight"
+        tokens = tokens_of(last, shapes[last][0], width)
         count = len({name.split(".")[1] for name in shapes if name.startswith("ip_adapter.")})
         single = count - sites.double
         if single < 0:
@@ -151,8 +149,8 @@ class InstantX(nn.Module):
         tokens = linear((c.tokens, c.width), ("mlp", None, "embed"), name="proj_out", **p.dtypes)(x)
         tokens = LayerNorm(eps=EPSILON, param_dtype=p.param_dtype, name="norm")(tokens)
         shape = (c.injected, c.width, c.num_heads, c.head_dim)
-        keys = constrain(_normed(bank(self, "key", tokens, shape)), *BANK)
-        values = constrain(bank(self, "value", tokens, shape), *BANK)
+        keys = constrain(_normed(bank(self, p, "key", tokens, shape)), *BANK)
+        values = constrain(bank(self, p, "value", tokens, shape), *BANK)
 
         def gain(g: Any) -> jax.Array:
             return jnp.broadcast_to(jnp.asarray(g, jnp.float32), (c.injected, b, s))

@@ -78,9 +78,7 @@ class IPAdapterConfig:
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]], sites: Sites) -> IPAdapterConfig:
         """Read off a file's tensors, for a backbone's heads. Raises `KeyError` or `ValueError` for shapes that fit none."""
         (width,), (rows, embedding) = shapes[f"{PROJECTION}.norm.weight"], shapes[f"{PROJECTION}.proj.weight"]
-        tokens, rest = divmod(rows, width)
-        if rest or not tokens:
-            raise ValueError(f"{rows} rows of {PROJECTION}.proj.weight, expected a multiple of {width}")
+        tokens = tokens_of(f"{PROJECTION}.proj.weight", rows, width)
         depth = len({name.split(".")[1] for name in shapes if name.startswith("double_blocks.")})
         return cls(tokens, width, embedding, depth, sites.heads, sites.head_dim)
 
@@ -152,7 +150,7 @@ class IPAdapter(nn.Module):
         def project(name: str) -> jax.Array:
             bias_axes, bias_shape = ("layers", "heads", "head_dim"), (c.depth, c.num_heads, c.head_dim)
             bias = parameter(self, f"{name}_bias", nn.initializers.zeros, bias_axes, bias_shape, p.param_dtype)
-            x = bank(self, name, tokens, (c.depth, c.width, c.num_heads, c.head_dim))
+            x = bank(self, p, name, tokens, (c.depth, c.width, c.num_heads, c.head_dim))
             return constrain(x + bias.astype(p.dtype)[:, None, None, None], *BANK)
 
         def gain(g: Any) -> jax.Array:
@@ -162,9 +160,16 @@ class IPAdapter(nn.Module):
         return ImagePrompt(keys, None, gain(image_gain), gain(text_gain), region, words)
 
 
-def bank(module: nn.Module, name: str, tokens: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
+def tokens_of(name: str, rows: int, width: int) -> int:
+    """How many tokens of `width` the matrix `name` with so many rows makes. Raises `ValueError` if it makes none."""
+    tokens, rest = divmod(rows, width)
+    if rest or not tokens:
+        raise ValueError(f"{rows} rows of {name}, expected a multiple of {width}")
+    return tokens
+
+
+def bank(module: nn.Module, p: Compute, name: str, tokens: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
     """`tokens` `[b, s, m, w]` by a matrix of `module` for each block, of `shape` `[l, w, h, d]` -> `[l, b, s, m, h, d]`."""
-    p = module.compute  # type: ignore[attr-defined]
     lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=(2, 3), batch_axis=0)
     kernel = parameter(module, name, lecun, ("layers", "embed", "heads", "head_dim"), shape, p.param_dtype)
     return jnp.einsum("bsmw,lwhd->lbsmhd", tokens.astype(p.dtype), kernel.astype(p.dtype))

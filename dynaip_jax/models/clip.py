@@ -134,7 +134,7 @@ class CLIPText(nn.Module):
         if t > c.max_position_embeddings:
             raise ValueError(f"{t} tokens: this text encoder takes at most {c.max_position_embeddings}")
         x = embedding(c.vocab_size, c.hidden_size, name="token_embedding", **p.dtypes)(input_ids)
-        x = x + position_table(self, "position_embedding", c.max_position_embeddings, c.hidden_size)[:t]
+        x = x + position_table(self, p, "position_embedding", c.max_position_embeddings, c.hidden_size)[:t]
         x, _ = scanned(TowerBlock, c.num_hidden_layers, remat=p.remat)(c, p, causal=True, name="blocks")(x)
         x = tower_norm(c, p, "final_layer_norm")(x)
         ends = input_ids if c.eos_token_id == LEGACY_EOS else input_ids == c.eos_token_id
@@ -169,8 +169,10 @@ class CLIPVision(nn.Module):
             raise ValueError(f"layers {tuple(layers)}: this vision encoder has {last} blocks, so expected 0 to {last}")
         c.check_pixels(pixel_values)
 
-        x = _with_class_token(self, patches(c, p)(pixel_values))
-        x = tower_norm(c, p, "pre_layernorm")(x + position_table(self, "position_embedding", c.tokens, c.hidden_size))
+        x = _with_class_token(self, p, patches(c, p)(pixel_values))
+        x = tower_norm(c, p, "pre_layernorm")(
+            x + position_table(self, p, "position_embedding", c.tokens, c.hidden_size)
+        )
         blocks = scanned(TowerBlock, last, remat=p.remat)(c, p, name="blocks")
         post_layernorm = tower_norm(c, p, "post_layernorm")
         if self.is_initializing():  # parameters for every block and the last norm, whatever is asked for
@@ -195,9 +197,9 @@ class CLIPVision(nn.Module):
         return dict(pixel_values=jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, 3), jnp.float32))
 
 
-def _with_class_token(module: nn.Module, patches: jax.Array) -> jax.Array:
+def _with_class_token(module: nn.Module, p: Compute, patches: jax.Array) -> jax.Array:
     """Patches `[b, rows, columns, c]` as rows `[b, m, c]` behind the learned class token."""
-    p, width = module.compute, patches.shape[-1]  # type: ignore[attr-defined]
+    width = patches.shape[-1]
     token = parameter(module, "class_embedding", SMALL, ("embed",), (width,), p.param_dtype).astype(p.dtype)
     rows = patches.reshape(patches.shape[0], -1, width)
     return jnp.concatenate([jnp.broadcast_to(token, (rows.shape[0], 1, width)), rows], axis=1)

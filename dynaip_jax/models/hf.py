@@ -25,7 +25,7 @@ def config_from_hf(
             raise UserError(
                 f"{name} {shortened(repr(hf[name]), 60)}: expected {expected}; use a checkpoint of that kind"
             )
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # mypy has no bound for any dataclass
     try:
         return cls(**{**{k: v for k, v in hf.items() if k in names}, **changes})
     except ValueError as e:

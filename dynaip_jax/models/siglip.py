@@ -107,7 +107,7 @@ class SiglipVision(nn.Module):
         c, p = self.config, self.compute
         c.check_pixels(pixel_values)
         rows = patches(c, p, use_bias=True)(pixel_values).reshape(len(pixel_values), c.tokens, c.hidden_size)
-        x = rows + position_table(self, "position_embedding", c.tokens, c.hidden_size)
+        x = rows + position_table(self, p, "position_embedding", c.tokens, c.hidden_size)
         x, _ = scanned(TowerBlock, c.num_hidden_layers, remat=p.remat)(c, p, name="blocks")(x)
         return SiglipHead(c, p, name="head")(tower_norm(c, p, "post_layernorm")(x))
 

@@ -119,9 +119,8 @@ def tower_norm(c: TowerConfig, p: Compute, name: str) -> LayerNorm:
     return LayerNorm(eps=c.layer_norm_eps, param_dtype=p.param_dtype, name=name)
 
 
-def position_table(module: nn.Module, name: str, rows: int, width: int) -> jax.Array:
+def position_table(module: nn.Module, p: Compute, name: str, rows: int, width: int) -> jax.Array:
     """A parameter `[rows, width]` with a row for each position, in the compute dtype."""
-    p = module.compute  # type: ignore[attr-defined]
     return parameter(module, name, SMALL, (None, "embed"), (rows, width), p.param_dtype).astype(p.dtype)
 
 
