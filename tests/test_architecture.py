@@ -158,6 +158,12 @@ def test_no_import_by_string():
             assert way not in text, f"{name}: {way}"
 
 
+def test_no_part_changes_the_warnings_of_all_threads():
+    for name, path in MODULES.items():
+        for way in ("catch_warnings", "simplefilter", "filterwarnings"):
+            assert way not in path.read_text(), f"{name}: {way}"
+
+
 def test_no_jax_where_commands_answer_at_once():
     for name, path in MODULES.items():
         if any(starts(name, f"dynaip_jax.{part}") for part in WITHOUT_JAX):

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from dynaip_jax.storage.arrays import NUMBERS, read_header
+
 HEADER = struct.Struct("<26xHH")  # of a member of a zip file: the lengths of its name and of what else is said
 
 
@@ -30,13 +32,11 @@ class Column:
             file.seek(member.header_offset)
             named, more = HEADER.unpack(file.read(HEADER.size))
             file.seek(member.header_offset + HEADER.size + named + more)
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError(f"{name} is of another version of NumPy's format")
-            shape, turned, self._dtype = np.lib.format.read_array_header_1_0(file)
-            self._start = file.tell()
-        if not shape or turned or self._dtype.hasobject:
-            raise ValueError(f"{name} is {self._dtype} {shape}, expected rows of numbers")
-        (self._count, *self._shape), self._file = shape, os.open(path, os.O_RDONLY)
+            head = read_header(file, NUMBERS + "U")
+        if not head.shape or head.fortran or head.dtype.kind not in NUMBERS:
+            raise ValueError(f"{name} is {head.dtype} {head.shape}, expected rows of numbers")
+        (self._count, *self._shape), self._dtype, self._start = head.shape, head.dtype, head.start
+        self._file = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

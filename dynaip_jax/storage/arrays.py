@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import os
-import warnings
+import re
 import weakref
 import zipfile
 import zlib
@@ -19,6 +19,11 @@ import numpy as np
 from dynaip_jax.errors import reason
 
 HEADER_BYTES = 4096
+HEADER = re.compile(
+    r"\{\s*'descr':\s*'(?P<dtype>[^']+)',\s*'fortran_order':\s*(?P<fortran>True|False),"
+    r"\s*'shape':\s*\((?P<shape>(\d+,\s*)*(\d+)?)\),?\s*\}\s*"
+)  # by itself: NumPy reads it with Python's parser, which warns, and who would hold warnings back does so in all threads
+NUMBER = re.compile(r"\d+")
 NUMBERS = "biuf"  # kinds of dtype: truth values, whole numbers, floats
 RATIO = 1100  # at most so many bytes out of one of a zip archive, which deflate cannot exceed
 
@@ -32,37 +37,40 @@ class Header(NamedTuple):
     start: int
 
 
-def read_header(file: IO[bytes], size: int, kinds: str = NUMBERS) -> Header:
-    """The header of a `.npy` file of `size` bytes. Raises `ValueError` for anything else, for other `kinds` of values (pickles are
-    none), and unless its values fill the rest of the file."""
+def read_header(file: IO[bytes], kinds: str = NUMBERS) -> Header:
+    """The header of a `.npy` file, or of a member of an `.npz` file. Raises `ValueError` for anything else and for other `kinds` of
+    values (pickles are none)."""
+    start = file.tell()
+    try:
+        width = {(1, 0): 2, (2, 0): 4}[np.lib.format.read_magic(file)]
+        length = int.from_bytes(file.read(width), "little")
+        words = HEADER.fullmatch(file.read(min(length, HEADER_BYTES)).decode("latin1"))
+        if words is None:
+            raise ValueError("its header is not as NumPy writes it")
+        dtype, shape = np.dtype(words["dtype"]), tuple(map(int, NUMBER.findall(words["shape"])))
+    except Exception as e:  # NumPy has many of what is no file of its and no dtype
+        raise ValueError(f"no .npy file: {reason(e)}") from e
+    if dtype.hasobject or dtype.kind not in kinds or dtype.subdtype:
+        raise ValueError(f"holds {dtype} {shape}, expected plain numbers")
+    return Header(dtype, shape, words["fortran"] == "True", start + 8 + width + length)
+
+
+def read_whole_header(file: IO[bytes], size: int, kinds: str = NUMBERS) -> Header:
+    """The header of a `.npy` file of `size` bytes. Raises `ValueError` as `read_header` does, and unless its values fill the rest."""
     if file.read(2) == b"PK":
         raise ValueError("no .npy file: an .npz archive of several arrays")
     file.seek(0)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of headers that Python 2 wrote
-            shape, fortran, dtype = read(file, max_header_size=HEADER_BYTES)
-    except Exception as e:  # NumPy reads it as Python's literals, which fail in many ways
-        raise ValueError(f"no .npy file: {reason(e)}") from e
-    if (
-        dtype.hasobject
-        or dtype.kind not in kinds
-        or dtype.subdtype
-        or not all(type(n) is int and n >= 0 for n in shape)
-    ):
-        raise ValueError(f"holds {dtype} {shape}, expected plain numbers")
-    expected = file.tell() + math.prod(shape) * dtype.itemsize
+    head = read_header(file, kinds)
+    expected = head.start + math.prod(head.shape) * head.dtype.itemsize
     if size != expected:
         raise ValueError(f"{size} bytes, its header asks for {expected}")
-    return Header(dtype, shape, fortran, file.tell())
+    return head
 
 
 def read_array(data: bytes, kinds: str = NUMBERS) -> np.ndarray:
-    """The array in a `.npy` file's `data`. Raises `ValueError` as `read_header` does."""
+    """The array in a `.npy` file's `data`. Raises `ValueError` as `read_whole_header` does."""
     file = io.BytesIO(data)
-    head = read_header(file, len(data), kinds)
+    head = read_whole_header(file, len(data), kinds)
     values = np.frombuffer(data, head.dtype, offset=head.start)
     return values.reshape(head.shape, order="F" if head.fortran else "C")
 
@@ -99,7 +107,7 @@ class Rows:
         self._file = path.open("rb")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._file.close)
-            self.head = read_header(self._file, os.fstat(self._file.fileno()).st_size)
+            self.head = read_whole_header(self._file, os.fstat(self._file.fileno()).st_size)
             if self.head.fortran:
                 raise ValueError("its values are in Fortran's order")
             on_failure.pop_all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,9 @@ def _load(path: Path) -> Any:
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch says of archives that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            raise ValueError("TorchScript")  # torch would warn first
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as e:  # whatever torch makes of it
