@@ -162,9 +162,9 @@ def train_step(
     new = updated(constants.optim, state, grads, constants.decayed, constants.matrices)
     metrics = dict(
         loss=sums["loss"] / b,
-        grad_norm=optax.global_norm(grads),
-        param_norm=optax.global_norm(new.params),
-        update_norm=optax.global_norm(jax.tree.map(jnp.subtract, new.params, state.params)),
+        grad_norm=optax.tree.norm(grads),
+        param_norm=optax.tree.norm(new.params),
+        update_norm=optax.tree.norm(jax.tree.map(jnp.subtract, new.params, state.params)),
         loss_by_time=sums["bucket_loss"] / sums["bucket_count"],
     )
     metrics |= {k: sums[k] / b for k in ("routing", "key_rms", "value_rms") if k in sums}
