@@ -111,8 +111,7 @@ def make_parts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     waiting: deque[Future[Part]] = deque()
-    # not forked: this process may have threads
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), follow_parent) as pool:
+    with _pool(processes) as pool:
         try:
             for number in itertools.count():
                 rows = list(itertools.islice(source.rows, ROWS_A_SHARD))
@@ -129,8 +128,21 @@ def make_parts(
                 f"`processes` {processes}: one was killed; finished parts are kept; expected enough memory for all; pass fewer, then the "
                 "same command goes on"
             ) from e
+
+
+@contextlib.contextmanager
+def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are gone when the block has ended: with all done if it ends well, else at once, whatever they are in."""
+    context = multiprocessing.get_context("spawn")  # not forked: this process may have threads
+    theirs, ours = context.Pipe(duplex=False)
+    with theirs, ours:
+        pool = ProcessPoolExecutor(processes, context, follow_parent, (theirs,))
+        try:
+            yield pool
+            pool.shutdown()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            ours.close()
+            pool.shutdown()
 
 
 def make_part(rows: list[Row | BadRow], folder: Path, limits: Limits) -> Part:

@@ -1,6 +1,7 @@
 """`python -m train.prepare`: what it writes, says and refuses."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from dynaip_jax.data.check import Limits, png
 from dynaip_jax.data.joining import join
 from dynaip_jax.data.records import open_dataset
 from dynaip_jax.data.sources import SCORES, read_manifest
+from dynaip_jax.errors import UserError
+from dynaip_jax.storage.locks import hold
 from tests.data.photos import CAPTIONS, entries, photo, write_lines
 from train import parts, prepare
 
@@ -166,6 +169,17 @@ def test_processes_make_what_threads_make(manifest, tmp_path):
     assert run("--source", manifest, "--out", tmp_path / "b", "--processes", 2) == 0
     same_datasets(tmp_path / "a", tmp_path / "b")
     assert left_behind(tmp_path) == ["a", "b"]
+
+
+def test_no_process_outlives_a_failure(manifest, tmp_path, capsys, monkeypatch):
+    """Here one part of four cannot be made; the others wait for the only process, which is in the next one by then."""
+    monkeypatch.setattr(parts, "ROWS_A_SHARD", 1)
+    folder = tmp_path / ".out.parts"
+    folder.mkdir()
+    with hold(folder / "part-000000.lock", UserError):
+        assert run("--source", manifest, "--out", tmp_path / "out", "--processes", 1) == 2
+    assert multiprocessing.active_children() == []
+    assert "part-000000: this part is being made by process " in capsys.readouterr().err
 
 
 def stamps(folder):
