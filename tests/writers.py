@@ -213,6 +213,11 @@ def litter(folder: Path) -> list[str]:
     return sorted({path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".zarray")})
 
 
+def taken(folder: Path) -> int:
+    """Bytes of a disk that the files below `folder` take."""
+    return sum(-(-file.stat().st_size // PAGE) * PAGE for file in folder.rglob("*") if file.is_file())
+
+
 class Child:
     """A writer in a process of its own. `log`: what it says."""
 
@@ -223,9 +228,12 @@ class Child:
         self.pid = self._process.pid
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
-        """The exit status, or minus the signal; None if it goes on after so many seconds."""
+        """The exit status, or minus the signal; None if it goes on after so many seconds. One that hangs is killed."""
         self._process.join(seconds)
-        return self._process.exitcode
+        status = self._process.exitcode
+        if seconds >= PATIENCE:
+            self.kill()
+        return status
 
     def kill(self) -> None:
         self._process.kill()
@@ -253,6 +261,7 @@ class Faults:
         self._mount = mount and os.geteuid() == 0 and shutil.which("mount") is not None
         self.name, self.writer, self.sources, self.place = name, WRITERS[name], sources, place
         self.out, self.wrong = place / "out", []
+        self.lock = place / ".out.lock" if self.writer.beside else self.out / "trainer.lock"
 
     def child(self, out: Path | None = None, **options: int) -> Child:
         return Child(self.writer, self.sources, out or self.out, **options)
@@ -276,15 +285,17 @@ class Faults:
         left = litter(out.parent)
         self.expect(not left and [p.name for p in out.parent.iterdir()] == [out.name], f"{when}: left behind {left}")
 
-    def writing(self) -> bool:
-        """Whether a writer has begun to write."""
-        if self.writer.beside:
-            return any(name for name in os.listdir(self.place) if name.endswith((".part", ".old")))
-        return self.out.exists()
-
     def begin(self, child: Child) -> None:
-        while not self.writing() and child.wait(0.001) is None:
-            pass
+        """Returns once this writer, not one that was killed, holds the lock under which it writes; or has ended."""
+        while child.wait(0.001) is None:
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(self.lock.read_text())["pid"] == child.pid:
+                    return
+
+    def undo(self) -> None:
+        """Has a writer begin at its beginning that else goes on where it ended."""
+        if not self.writer.beside:
+            shutil.rmtree(self.out, ignore_errors=True)
 
     def kills(self, count: int, chance: random.Random) -> None:
         began = time.monotonic()
@@ -292,26 +303,28 @@ class Faults:
         self.begin(child)
         before = time.monotonic() - began
         self.expect(child.wait() == 0, f"cannot be run: {child.log.read_text()[-500:]}")
-        during = time.monotonic() - began - before
+        during, cut = time.monotonic() - began - before, 0
         for number in range(count):
-            if not self.writer.beside and number % 2:
-                shutil.rmtree(self.out, ignore_errors=True)
+            if number % 2:
+                self.undo()
             child = self.child()
             if number % 3:
                 self.begin(child)
                 delay = chance.uniform(0, during)
             else:
                 delay = chance.uniform(0, before)
-            child.wait(delay)
+            cut += child.wait(delay) is None
             child.kill()
             self.whole(self.out, f"kill {number}, {delay:.3f} s {'into writing' if number % 3 else 'after the start'}")
             if self.writer.beside:
                 left = [x for x in os.listdir(self.place) if x != "out"]
                 self.expect(all(x.startswith(".out.") for x in left), f"kill {number}: visible litter {left}")
         self.again(self.out, "after the kills")
+        print(f"{self.name}: {cut} of {count} kills came before its end", flush=True)
 
     def two(self) -> None:
         """Two begin together: one does it, or both do it one after the other; never both at once."""
+        self.undo()
         children = [self.child(), self.child()]
         results = sorted(child.wait() or 0 for child in children)
         said = " ".join(line for child in children for line in child.errors())
@@ -320,6 +333,7 @@ class Faults:
         self.again(self.out, "two at once")
 
     def second_while_one_writes(self) -> None:
+        self.undo()
         first = self.child()
         self.begin(first)
         os.kill(first.pid, signal.SIGSTOP)
@@ -351,18 +365,20 @@ class Faults:
             shutil.rmtree(place, ignore_errors=True)
 
     def full(self) -> None:
-        """An old result, then room for a part of the new one."""
-        sizes = [file.stat().st_size for file in self.out.rglob("*") if file.is_file()]
-        size, largest = sum(-(-one // PAGE) * PAGE for one in sizes), max(sizes)
+        """An old result, then room for a part of the new one; for a run, of its next checkpoint."""
+        size, largest = taken(self.out), max(file.stat().st_size for file in self.out.rglob("*"))
+        room = size // 2
         with self.disk("small", max(int(2.3 * size), 1 << 20)) as mounted:
             small = mounted or self.place / "small"
             shutil.copytree(self.out, small / "out")
             if self.name == "run":
-                for kept in sorted((small / "out" / "checkpoints").iterdir())[1:]:
+                first, *later = sorted((small / "out" / "checkpoints").iterdir())
+                room = taken(first) // 2
+                for kept in later:
                     shutil.rmtree(kept)
             if mounted:
                 filler = small / "filler"
-                free = shutil.disk_usage(small).free - size // 2
+                free = shutil.disk_usage(small).free - room
                 filler.write_bytes(bytes(max(free, 0)))
             child = self.child(small / "out", limit=0 if mounted else largest // 2)
             status, errors = child.wait(), child.errors()
