@@ -19,11 +19,11 @@ import numpy as np
 from dynaip_jax.errors import reason
 
 HEADER_BYTES = 4096
+SIZE = "(?:0|[1-9][0-9]*)"
 HEADER = re.compile(
-    r"\{\s*'descr':\s*'(?P<dtype>[^']+)',\s*'fortran_order':\s*(?P<fortran>True|False),"
-    r"\s*'shape':\s*\((?P<shape>(\d+,\s*)*(\d+)?)\),?\s*\}\s*"
+    r"\{ *'descr': *'(?P<dtype>[<>=|]?[A-Za-z]+[0-9]*)', *'fortran_order': *(?P<fortran>True|False), *"
+    rf"'shape': *\((?P<shape>(?:{SIZE}, *(?:{SIZE}(?:, *{SIZE})*,? *)?)?)\),? *\}}[ \n]*"
 )  # by itself: NumPy reads it with Python's parser, which warns, and who would hold warnings back does so in all threads
-NUMBER = re.compile(r"\d+")
 NUMBERS = "biuf"  # kinds of dtype: truth values, whole numbers, floats
 RATIO = 1100  # at most so many bytes out of one of a zip archive, which deflate cannot exceed
 
@@ -47,7 +47,7 @@ def read_header(file: IO[bytes], kinds: str = NUMBERS) -> Header:
         words = HEADER.fullmatch(file.read(min(length, HEADER_BYTES)).decode("latin1"))
         if words is None:
             raise ValueError("its header is not as NumPy writes it")
-        dtype, shape = np.dtype(words["dtype"]), tuple(map(int, NUMBER.findall(words["shape"])))
+        dtype, shape = np.dtype(words["dtype"]), tuple(map(int, re.findall(SIZE, words["shape"])))
     except Exception as e:  # NumPy has many of what is no file of its and no dtype
         raise ValueError(f"no .npy file: {reason(e)}") from e
     if dtype.hasobject or dtype.kind not in kinds or dtype.subdtype:

@@ -37,7 +37,7 @@ def test_arrays_that_are_read(dtype):
 
 
 def header(text, version=b"\x01\x00"):
-    return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text.encode()
+    return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text.encode("latin1")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,10 @@ def header(text, version=b"\x01\x00"):
         (header("{'descr': '<f4', 'fortran_order': False, 'shape': (1L,)}"), "no .npy file"),
         (header("{'descr': {}, 'fortran_order': 3, 'shape': 1, 4: 5}"), "no .npy file"),
         (header("{'descr': '4d', 'fortran_order': False, 'shape': (1if 1else 1,)}"), "no .npy file"),
+        (header("{'descr': '<f4', 'fortran_order': False, 'shape': (0)}"), "no .npy file"),
+        (header("{'descr': '<f4', 'fortran_order': False, 'shape': (00, 01)}"), "no .npy file"),
+        (header("{'descr': '<f4', 'fortran_order': False, 'shape': (0,)}\xa0"), "no .npy file"),
+        (header("{'descr': '<f\n4', 'fortran_order': False, 'shape': (0,)}"), "no .npy file"),
         (header("(" * 3000), "no .npy file"),
         (header("{'descr': '<f4', 'fortran_order': False, 'shape': ()}", b"\x09\x00"), "no .npy file"),
     ],
