@@ -37,10 +37,38 @@ def rope_table(ids: Float[Tensor, "b n axes"], axes_dim: tuple[int, ...], theta:
     return jnp.cos(angle), jnp.sin(angle)
 
 
+@jax.custom_vjp
 def apply_rope(x: Float[Tensor, "b n h d"], rope: tuple[jax.Array, jax.Array]) -> Float[jax.Array, "b n h d"]:
-    """Rotates adjacent pairs of the last axis of `x` `[b, n, h, d]` in float32; `rope` as from `rope_table`, `[b, n, d/2]`."""
+    """Rotates adjacent pairs of the last axis of `x` `[b, n, h, d]` in float32; `rope` as from `rope_table`, `[b, n, d/2]`, which
+    has no gradient."""
     cos, sin = (r[..., None, :] for r in rope)
+    return jax.lax.platform_dependent(x, cos, sin, tpu=_by_product, default=_by_pairs)
+
+
+def _rotated(x: jax.Array, rope: Rope) -> tuple[jax.Array, Rope]:
+    return apply_rope(x, rope), rope
+
+
+def _turned_back(rope: Rope, gradient: jax.Array) -> tuple[jax.Array, None]:
+    cos, sin = rope
+    return apply_rope(gradient, (cos, -sin)), None
+
+
+apply_rope.defvjp(_rotated, _turned_back)
+
+
+def _by_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def _by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The other of each pair, with its sign, comes of a product with a constant matrix in `x`'s own dtype: exact, as each of its sums has
+    one term. Of an axis two long, which pairs make, a TPU writes float32 copies to memory."""
+    size = x.shape[-1]
+    swap = np.kron(np.eye(size // 2), [[0, 1], [-1, 0]]).astype(x.dtype)  # x @ swap is (-x1, x0, -x3, x2, ..)
+    other = jnp.matmul(x, swap, precision=jax.lax.Precision.HIGHEST)
+    cos, sin = (jnp.repeat(r, 2, axis=-1) for r in (cos, sin))
+    return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)

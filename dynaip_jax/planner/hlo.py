@@ -13,17 +13,24 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+UNWRITTEN = (  # kinds that write nothing of their own
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "add-dependency", "domain",
+)  # fmt: skip
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)")
 
 
 class Counts(NamedTuple):
     """`collectives`: kind -> how many are run, and the bytes that a device receives in all; `product_flops`: of a device's matrix
     products and convolutions, 2 a multiply-add, without those that are calls of a library (cuBLAS on GPUs); `kernels`: runs of
-    Pallas kernels on TPUs, whose products are not in `product_flops` either."""
+    Pallas kernels on TPUs, whose products are not in `product_flops` either; `written_bytes`: that instructions write to a device's
+    main memory (those that a TPU keeps in its vector memory are none); `copied_bytes`: those of them that are copies alone."""
 
     collectives: dict[str, dict[str, int]]
     product_flops: int
     kernels: int
+    written_bytes: int
+    copied_bytes: int
 
 
 class Op(NamedTuple):
@@ -43,13 +50,17 @@ def count(hlo: str) -> Counts:
     """Of a program's text, as from `Compiled.as_text()`."""
     computations = _parse(hlo)
     collectives: dict[str, dict[str, int]] = {}
-    products = kernels = 0
+    products = kernels = written = copied = 0
 
     def visit(ops: Ops, times: int, fused: bool) -> None:
-        nonlocal products, kernels
+        nonlocal products, kernels, written, copied
         started = {op.operands[0] for op in ops.values() if '"AsyncCollectiveStart"' in op.line}
         for op in ops.values():
             kind = op.kind.removesuffix("-start")
+            if not fused:
+                size, copy = _written(op, ops, computations)
+                written += times * size
+                copied += times * size * copy
             # a collective that runs beside fusions is written into each of them, and begins in one
             if kind in COLLECTIVES and (not fused or op.name in started):
                 total = collectives.setdefault(kind, dict(count=0, bytes=0))
@@ -64,7 +75,7 @@ def count(hlo: str) -> Counts:
                 visit(computations.get(name, {}), rounds, fused or kind == "fusion")
 
     visit(computations["ENTRY"], 1, False)
-    return Counts(collectives, products, kernels)
+    return Counts(collectives, products, kernels, written, copied)
 
 
 def _parse(hlo: str) -> dict[str, dict[str, Op]]:
@@ -123,6 +134,37 @@ def _arrays(shape: str) -> Iterator[tuple[int, list[int]]]:
     """Bits of an element, and dimensions, of each array in a shape."""
     for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape):
         yield int(bits or 8), [int(n) for n in dims.split(",") if n]
+
+
+def _in_main_memory(shape: str) -> list[int]:
+    """Bytes of each array in a shape; 0 for those whose layout names another memory, as `S(1)` is a TPU's vector memory."""
+    elsewhere = ["S(" in layout for layout in re.findall(r"\b(?:pred|[a-z]+\d+\w*)\[[\d,]*\](\{[^}]*\})?", shape)]
+    return [
+        0 if away else math.prod(dims) * bits // 8 for (bits, dims), away in zip(_arrays(shape), elsewhere, strict=True)
+    ]
+
+
+def _written(op: Op, ops: Ops, computations: Mapping[str, Ops]) -> tuple[int, bool]:
+    """Bytes that an instruction, fused or not, writes to main memory, and whether it is a copy and nothing else. An update in place
+    writes the part that it changes; of what runs beside others the start counts."""
+    if op.kind in UNWRITTEN or op.kind.endswith("-done") or '"AllocateBuffer"' in op.line:
+        return 0, False
+    sizes = _in_main_memory(op.shape)
+    if op.kind.endswith("-start"):  # a tuple of operands and result, of a copy of result and operand
+        first = len(op.operands) if op.shape.startswith("(") and op.kind != "copy-start" else 0
+        return sizes[first], op.kind == "copy-start"
+    roots, inside = [op], ops
+    if op.kind == "fusion":
+        inside = computations[CALLED.findall(op.line)[0]]
+        root = next(o for o in inside.values() if o.line.startswith("ROOT"))
+        roots = [inside[name] for name in root.operands] if root.kind == "tuple" else [root]
+    total = 0
+    for size, root in zip(sizes, roots, strict=False):
+        while root.kind == "bitcast":
+            root = inside[root.operands[0]]
+        part = inside.get(root.operands[1]) if root.kind == "dynamic-update-slice" else None
+        total += size if part is None else min(size, sum(_in_main_memory(part.shape)))
+    return total, all(root.kind == "copy" for root in roots)
 
 
 def _dims(ops: Ops, name: str) -> list[int]:

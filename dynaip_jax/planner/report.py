@@ -80,6 +80,8 @@ def _compiled(program: Program, mesh: Mesh, chip: chips.Chip | None, elsewhere: 
         flops_per_chip=program.flops / mesh.devices.size,
         compiled_flops=counts.product_flops,
         kernels=counts.kernels,
+        written_bytes=counts.written_bytes,
+        copied_bytes=counts.copied_bytes,
         arguments_bytes=arguments,
         scratch_bytes=scratch,
         needed_bytes=elsewhere + arguments + scratch,
@@ -135,6 +137,9 @@ def text(report: dict[str, Any]) -> str:
             f"{p['name']}: {p['flops_per_chip'] / 1e12:.2f} TFLOP a chip by formula, {p['compiled_flops'] / 1e12:.2f} in compiled "
             f"products{kernels}, {p['needed_bytes'] / GIB:.2f} GiB in all ({p['scratch_bytes'] / GIB:.2f} scratch), compiled in "
             f"{p['compile_seconds']} s"
+        )
+        lines.append(
+            f"    writes {p['written_bytes'] / GIB:.2f} GiB to a chip's memory, {p['copied_bytes'] / GIB:.2f} of it plain copies"
         )
         for kind, total in p["collectives"].items():
             lines.append(f"    {kind:18} {total['count']:6} times {total['bytes'] / GIB:9.3f} GiB")
