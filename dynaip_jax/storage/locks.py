@@ -22,6 +22,7 @@ from dynaip_jax.reading import parse_json
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}  # a file system without locks
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+LOOK = 0.05  # seconds that a writer waits for those who only look who holds a lock
 SETTLE = 0.5  # seconds after which two that began at once see each other, where there are no locks
 BEAT = 20.0  # seconds between two signs of life of a holder in a bucket
 
@@ -111,11 +112,14 @@ def holder_of(file: Path) -> str | None:
 
 def _opened(file: Path) -> tuple[int, bool | None]:
     """The open file, and whether it is locked now; None where there are no locks."""
+    until = time.monotonic() + LOOK
     while True:
         lock = os.open(file, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         try:
             locked = _locked(lock, fcntl.LOCK_EX)
-            if not locked or os.path.samestat(os.fstat(lock), os.stat(file)):
+            if locked is False and time.monotonic() < until:
+                time.sleep(LOOK / 10)
+            elif not locked or os.path.samestat(os.fstat(lock), os.stat(file)):
                 return lock, locked
         except FileNotFoundError:
             pass  # its holder has just removed it

@@ -1,5 +1,6 @@
 """Locks: who holds one, and what is left of one whose holder was killed."""
 
+import fcntl
 import json
 import os
 import signal
@@ -52,6 +53,15 @@ def test_another_process_is_named_and_its_death_lets_go(tmp_path, other):
     with hold(file, refusal):
         assert json.loads(file.read_text())["pid"] == os.getpid()
     assert not file.exists() and holder_of(file) is None
+
+
+def test_who_only_looks_keeps_no_writer_out(tmp_path):
+    file = tmp_path / "lock"
+    look = os.open(file, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(look, fcntl.LOCK_SH)  # as `holder_of` does, for a moment
+    threading.Timer(locks.LOOK / 5, os.close, (look,)).start()
+    with hold(file, refusal):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
 def test_a_thread_of_this_process_is_kept_out_too(tmp_path):
