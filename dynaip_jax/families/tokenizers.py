@@ -33,14 +33,11 @@ def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -
     Raises `UserError`, with the `remedy`, for one that wants code of its own, that is of another kind, or cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
-    from transformers import AutoTokenizer
-
-    for name in ("tokenizer_config.json", "config.json"):
-        if reading.exists(folder / name):
-            _check_class(folder / name, remedy)
+    names = (n for n in ("tokenizer_config.json", "config.json") if reading.exists(folder / n))
+    kinds = [_check_class(folder / name, remedy) for name in names]
     try:
         with local_copy(folder) as here:
-            tokenizer = AutoTokenizer.from_pretrained(here, local_files_only=True, trust_remote_code=False)
+            tokenizer = _class(kinds).from_pretrained(here, local_files_only=True, trust_remote_code=False)
         ids = tokenizer(["a", STRANGE], padding="max_length", max_length=8, truncation=True)["input_ids"]
         if np.asarray(ids, np.int32).shape != (2, 8):
             raise ValueError("it does not pad")
@@ -51,7 +48,20 @@ def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -
     return tokenizer
 
 
-def _check_class(path: AnyPath, remedy: str) -> None:
+def _class(kinds: Sequence[str | None]) -> Any:
+    """What reads a folder whose files name these classes. That which needs no code of a model is asked for itself: `AutoTokenizer`, which
+    would find it, imports for two seconds."""
+    if kinds[:1] == ["PreTrainedTokenizerFast"]:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _check_class(path: AnyPath, remedy: str) -> str | None:
+    """The class that a file of settings names."""
     config = reading.read_json(path, expected="a tokenizer's settings", remedy=remedy)
     if "auto_map" in config:
         raise UserError(
@@ -60,6 +70,7 @@ def _check_class(path: AnyPath, remedy: str) -> None:
     kind = config.get("tokenizer_class")
     if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") not in CLASSES):
         raise UserError(f"{path}: tokenizer_class {kind!r}; expected one of {', '.join(CLASSES)}; {remedy}")
+    return kind
 
 
 class Tokenizers:

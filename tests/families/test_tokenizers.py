@@ -3,16 +3,20 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.tokenizers import Tokenizers, check_tokenizer
 
+ROOT = Path(__file__).parents[2]
 PIECES = ("▁A", "▁a", "▁and", "▁red", "▁star", "s", ",", "▁", "n", "d")
 
 
@@ -45,6 +49,18 @@ def test_rows_are_those_of_the_words(pieces):
 def test_bytes_have_a_row_each_and_the_space_none(tiny):
     tokenizers = Tokenizers.load(tiny[0] / "tokenizers", 16)
     assert rows(tokenizers.words("a ré  d", ["RÉ d"])) == [[2, 3, 4, 7]]
+
+
+def test_a_tokenizer_of_no_model_is_read_without_models(tiny):
+    """It is what AutoTokenizer makes of the folder, which alone would import for two seconds, torch too where it is."""
+    folder = tiny[0] / "tokenizers" / "t5"
+    found, usual = check_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(found) is type(usual) and found(["a ré  d\n", ""]).input_ids == usual(["a ré  d\n", ""]).input_ids
+    code = (
+        "import sys, pathlib; from dynaip_jax.families.tokenizers import check_tokenizer as read; read(pathlib.Path(sys.argv[1])); "
+        "sys.exit(bool({'torch', 'transformers.models.auto'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT).returncode == 0
 
 
 def test_words_that_are_not_there_are_refused(pieces, tiny):
