@@ -95,8 +95,11 @@ def dataset(sources: Path, out: Path) -> int:
 
 
 def parts(sources: Path, out: Path) -> int:
-    """`train.prepare` in another process, whose parts are kept until all is whole."""
-    words = ("--source", sources / "photos" / "metadata.jsonl", "--out", out, "--overwrite", "--processes", 1)
+    """`train.prepare` in two more processes, whose parts, of a row each, are kept until all is whole."""
+    import train.parts
+
+    train.parts.ROWS_A_SHARD = 1
+    words = ("--source", sources / "photos" / "metadata.jsonl", "--out", out, "--overwrite", "--processes", 2)
     return command("train.prepare", *words)
 
 
