@@ -11,13 +11,14 @@ from dynaip_jax.images.writing import SETTINGS_KEY
 from dynaip_jax.reading import parse_json
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `save_png` put into a PNG file; its pixels are not read.
+def read_settings(path: str | Path | bytes) -> dict[str, Any]:
+    """The settings that `save_png` put into a PNG file, or into its content (bytes); its pixels are not read.
 
     Raises `UserError` for a file that is missing, not a PNG, or without such settings.
     """
-    path = Path(path)
-    with opened(path, str(path), ("PNG",), "a PNG made by dynaip") as picture:
+    file = path if isinstance(path, bytes) else Path(path)
+    path = "settings" if isinstance(path, bytes) else path
+    with opened(file, str(path), ("PNG",), "a PNG made by dynaip") as picture:
         text = picture.info.get(SETTINGS_KEY)
     try:
         settings = parse_json(text.encode(), halves=True) if isinstance(text, str) else None
