@@ -57,6 +57,7 @@ setup(
         "gcs": ["gcsfs", "google-cloud-storage"],
         "quantized": ["qwix>=0.1.8"],
         "plot": ["matplotlib>=3.9"],
+        "serve": ["gradio>=6.31,<7", "matplotlib>=3.9"],  # gradio takes Pillow 12, everything else 13 as well
         "convert": ["gguf>=0.17", "torch"],  # the converter reads GGUF files, and pickles, by them
         "test": [
             "pytest",
@@ -66,6 +67,8 @@ setup(
             "beartype",
             "qwix>=0.1.8",
             "matplotlib>=3.9",
+            "gradio>=6.31,<7",
+            "playwright",  # drives a browser that the machine has
             "gguf>=0.17",
             "torch==2.13.0",
             "diffusers==0.42.1",

@@ -58,6 +58,11 @@ FIXTURES = Path(__file__).parent / "fixtures"
 MAPS, MEMORY = 25_000, 2.5e9  # a module takes up to 14,000 maps
 
 
+def pytest_addoption(parser):
+    """Pictures of the documentation that a test makes."""
+    parser.addoption("--screenshots", metavar="FOLDER", help="where tests of the page put pictures of it")
+
+
 def pytest_unconfigure(config):
     """What is shared goes with the process that made it."""
     if OWNER:

@@ -55,15 +55,30 @@ TOP = {
     "": ("sampling", "images", "runtime"),
 }  # files at the top that may
 PACKAGES = {"dynaip_jax": (), "tools": ("dynaip_jax",), "train": ("dynaip_jax",), "configs": ("dynaip_jax", "train")}
-WITHOUT_JAX = ("choices", "errors", "commandline", "version", "sampling.options", "sampling.sweeping", "images", "data")
+WITHOUT_JAX = (
+    "choices",
+    "errors",
+    "commandline",
+    "version",
+    "sampling.options",
+    "sampling.sweeping",
+    "images",
+    "data",
+    "app.controls",
+    "app.turns",
+)
 GRAIN = "dynaip_jax.data.loader"  # subclasses a class of grain, so it is itself imported late
+PAGE = "dynaip_jax.app.page"  # is nothing without gradio, and imported late too
 LAZY = (
     GRAIN,
+    PAGE,
     "transformers",
     "grain",
     "tensorflow_datasets",
     "pyarrow",
     "matplotlib",
+    "gradio",
+    "starlette",
     "scipy",
     "tqdm",
     "tensorboard",
@@ -180,7 +195,7 @@ def test_heavy_libraries_wait_until_they_are_needed():
     for name, path in MODULES.items():
         if starts(name, "dynaip_jax"):
             heavy = [m for m in imports(path, top_level_only=True) if any(starts(m, lazy) for lazy in LAZY)]
-            assert heavy == (["grain"] if name == GRAIN else []), f"{name} imports {heavy} at the top"
+            assert heavy == {GRAIN: ["grain"], PAGE: ["gradio"]}.get(name, []), f"{name} imports {heavy} at the top"
 
 
 def test_backbones_are_named_in_their_own_files():
@@ -230,6 +245,8 @@ NOT_IMPORTED = {"importlib_resources", "jinja2", "sentencepiece", "protobuf"}  #
 OPTIONAL = {
     "gguf",
     "google",
+    "gradio",
+    "starlette",
     "matplotlib",
     "qwix",
     "skimage",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dynaip_jax.app import asking, demo, evaluate, maps, plan, plot, routing, sample, sweep
+from dynaip_jax.app import asking, demo, evaluate, maps, plan, plot, routing, sample, serve, sweep
 from dynaip_jax.commandline import Command, choose, run_cli
 from dynaip_jax.runtime.compiling import keep_compiled
 from dynaip_jax.version import __version__
@@ -19,8 +19,10 @@ COMMANDS = dict(
     sweep=Command(sweep.main, "one prompt over a grid of two options, in one figure", asking.FLAGS),
     maps=Command(maps.main, "where the references act in a picture, block by block", asking.FLAGS),
     routing=Command(routing.main, "what the router gives CLIP's levels, for each of several pictures", routing.FLAGS),
+    serve=Command(serve.main, "a page on this machine that draws", asking.FLAGS),
     plan=Command(plan.main, "does a recipe fit a TPU topology or these devices, and how fast could it be"),
 )
+KEEP_NOTHING = ("plan", "serve")  # one times compilations, the other writes nothing outside of its own folder
 
 
 def run(argv: Sequence[str]) -> int:
@@ -34,9 +36,7 @@ def run(argv: Sequence[str]) -> int:
 def main() -> int:
     """Entry point of the `dynaip` script."""
     words = sys.argv[1:]
-    if (
-        words and words[0] in COMMANDS and words[0] != "plan" and not {"-h", "--help"} & {*words}
-    ):  # plan times compilations
+    if words and words[0] in COMMANDS and words[0] not in KEEP_NOTHING and not {"-h", "--help"} & {*words}:
         keep_compiled()
     return run_cli(run)
 

@@ -18,6 +18,7 @@ HEAVY = ("jax", "numpy", "transformers", "orbax")
         (("evaluate", "--help"), "shapeland", (*HEAVY, "tyro")),
         (("sample", "--help"), "examples:", HEAVY),
         (("plan", "--help"), "examples:", HEAVY),
+        (("serve", "--help"), "examples:", (*HEAVY, "gradio", "matplotlib")),
     ),
 )
 def test_help_is_quick_and_loads_nothing_heavy(words, expected, heavy):
@@ -39,9 +40,9 @@ def test_help_names_every_command(dynaip):
 @pytest.mark.parametrize(
     ("words", "message"),
     (
-        ((), "no command given; expected one of sample, demo, evaluate, plot, sweep, maps, routing, plan; see dynaip --help"),
-        (("simple",), "simple: no such command; expected one of sample, demo, evaluate, plot, sweep, maps, routing, plan; see dynaip --help"),
-        (("--quiet",), "--quiet: no such command; expected one of sample, demo, evaluate, plot, sweep, maps, routing, plan; see dynaip --help"),
+        ((), "no command given; expected one of sample, demo, evaluate, plot, sweep, maps, routing, serve, plan; see dynaip --help"),
+        (("simple",), "simple: no such command; expected one of sample, demo, evaluate, plot, sweep, maps, routing, serve, plan; see dynaip --help"),
+        (("--quiet",), "--quiet: no such command; expected one of sample, demo, evaluate, plot, sweep, maps, routing, serve, plan; see dynaip --help"),
         (("evaluate",), "no command given; expected one of shapeland, set; see dynaip evaluate --help"),
         (("demo", "--prompt", "a star"), "--prompt: given without --reference; expected both, or neither; add --reference"),
         (("demo", "--size", "3"), "unrecognized arguments: --size 3; see dynaip demo --help"),
