@@ -3,8 +3,8 @@
 Command:   python -m train.export --workdir runs/klein-512 --out adapters/klein-512
            python -m train.main --config configs/flux2_klein_1024.py --workdir runs/klein-1024 \\
                --bundle bundles/flux2-klein-base-4b --data.path data/subjects --init-adapter adapters/klein-512
-Hardware:  meant for 8 chips of 16 GiB (TPU v5e 2x4); on another number of devices set --mesh.fsdp and --batch
-Memory:    not planned yet; ask `dynaip plan` before you rent any
+Hardware:  8 chips of 16 GiB (TPU v5e 2x4); on another number of devices set --mesh.fsdp and --batch
+Memory:    8.7 GiB a chip of v5e:2x4, 16.4 of v6e:2x2, by the compiler (`dynaip plan`)
 Speed:     not measured
 """
 

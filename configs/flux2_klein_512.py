@@ -2,8 +2,8 @@
 
 Command:   python -m train.main --config configs/flux2_klein_512.py --workdir runs/klein-512 \\
                --bundle bundles/flux2-klein-base-4b --data.path data/subjects
-Hardware:  meant for 8 chips of 16 GiB (TPU v5e 2x4); on another number of devices set --mesh.fsdp and --batch
-Memory:    not planned yet; ask `dynaip plan` before you rent any
+Hardware:  8 chips of 16 GiB (TPU v5e 2x4); on another number of devices set --mesh.fsdp and --batch
+Memory:    12.4 GiB a chip of v5e:2x4, 20.2 of v6e:2x2, by the compiler (`dynaip plan`)
 Speed:     not measured
 """
 
