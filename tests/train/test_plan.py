@@ -42,30 +42,27 @@ def test_a_training_step_on_a_topology(plan):
     assert report["step_seconds"] == pytest.approx(features["roofline_seconds"] + step["roofline_seconds"])
 
 
-def test_training_weak_scales(plan):
-    """Four times the chips and the batch: the same work and no more memory a chip."""
+def test_training_scales_over_chips_and_slices(plan):
+    """Four times the chips and the batch: the same work and no more memory a chip. A slice does what it does alone, on its part of the
+    batch."""
 
-    def programs(topology, mesh, batch):
+    def report(topology, mesh, batch):
         words = ("--topology", topology, "--mesh", mesh, "--batch", batch, "--json")
-        return json.loads(plan("--config", RECIPE, *words)[1])["programs"]
+        status, stdout, stderr = plan("--config", RECIPE, *words)
+        assert status == 0, stderr
+        return json.loads(stdout)
 
-    for few, many in zip(programs("v5e:2x2", "fsdp=4", 4), programs("v5e:4x4", "data=4,fsdp=4", 16), strict=True):
+    one = report("v5e:2x2", "data=1,fsdp=4", 4)["programs"]
+    for few, many in zip(one, report("v5e:4x4", "data=4,fsdp=4", 16)["programs"], strict=True):
         for flops_of in ("flops_per_chip", "compiled_flops"):
             assert 0 < many[flops_of] == pytest.approx(few[flops_of], rel=0.05)
         assert many["kernels"] == few["kernels"]
         assert many["needed_bytes"] < 1.05 * few["needed_bytes"]
-
-
-def test_a_training_step_on_two_slices(plan):
-    """A slice does what it does alone, on its part of the batch."""
-    words = ("--config", RECIPE, "--json", "--topology")
-    status, stdout, stderr = plan(*words, "2xv5e:2x2", "--mesh", "data=2,fsdp=4", "--batch", 8)
-    assert status == 0, stderr
-    both, one = json.loads(stdout), json.loads(plan(*words, "v5e:2x2", "--mesh", "data=1,fsdp=4", "--batch", 4)[1])
+    both = report("2xv5e:2x2", "data=2,fsdp=4", 8)
     assert both["devices"] == 8 and both["mesh"] == dict(data=2, fsdp=4, tensor=1)
-    for two_slices, one_slice in zip(both["programs"], one["programs"], strict=True):
+    for two_slices, one_slice in zip(both["programs"], one, strict=True):
         assert two_slices["compiled_flops"] == pytest.approx(one_slice["compiled_flops"], rel=0.05)
-    assert plan(*words, "2xv5e:2x2", "--mesh", "data=1,fsdp=8")[0] == 2
+    assert plan("--config", RECIPE, "--topology", "2xv5e:2x2", "--mesh", "data=1,fsdp=8")[0] == 2
 
 
 def test_eight_bit_weights_and_a_text_encoder_in_the_hosts_memory(plan):
