@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from dynaip_jax.app.opening import open_for
@@ -20,13 +22,33 @@ OF_LINES = (
 def main(args: Any, given: Mapping[str, Any]) -> int:
     """Draws the list; prints the name of each file. `given`: options of lines that do not have them.
 
-    Raises `UserError` for a list or a model that cannot be used at all, and, once the others are done, if lines failed.
+    Raises `UserError` for a list or a model that cannot be used at all, if another process draws the list, and, once the others are
+    done, if lines failed.
     """
     for name in OF_LINES:
         if getattr(args, name) not in (None, False, ()):
             raise UserError(f"`{name}`: each line of `jobs` says its own; leave it out, or write it into the lines")
     SampleOptions(**given)
+    with _alone(args.jobs):
+        return _draw(args, given)
 
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """The list is this process's in the block: two that draw it would draw every picture twice. A folder that cannot be written to has no
+    lock."""
+    from dynaip_jax.storage.locks import hold
+
+    def refusal(holder: str) -> UserError:
+        return UserError(f"`jobs` {path}: {holder} draws it; expected a list of its own; wait for it, or copy the list")
+
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.enter_context(hold(path.with_name(f".{path.name}.lock"), refusal))
+        yield
+
+
+def _draw(args: Any, given: Mapping[str, Any]) -> int:
     from dynaip_jax.jobs.planning import make_plan
     from dynaip_jax.jobs.rows import read_jobs
     from dynaip_jax.jobs.running import Drawing

@@ -2,6 +2,7 @@
 moment ends with the bytes of one that was not."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from dynaip_jax.runtime.layouts import Arranged
 from dynaip_jax.sampling import batches
 from dynaip_jax.sampling.opening import open_model
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
+from dynaip_jax.storage.locks import hold
 
 SMALL = ("--steps", 2, "--height", 32, "--width", 32)
 
@@ -84,6 +86,17 @@ def test_all_lines_are_drawn_by_one_program_a_shape(draw, dynaip, tiny, tmp_path
         difference = np.asarray(Image.open(old), int) - np.asarray(Image.open(new), int)
         assert np.abs(difference).max() <= 1, name
         assert read_settings(old).keys() == read_settings(new).keys(), name
+
+
+def test_one_process_draws_a_list(draw, tmp_path):
+    (tmp_path / "run").mkdir()
+    busy = lambda holder: AssertionError(holder)
+    with hold(tmp_path / "run" / ".jobs.jsonl.lock", busy):
+        status, stdout, stderr = draw()
+    assert status == 2 and stdout == "" and f"process {os.getpid()} on" in stderr and "draws it; expected" in stderr
+    (tmp_path / "run" / ".jobs.jsonl.lock").write_text("left by a kill")
+    rows = [dict(prompt="a cup", output="plain.png")]
+    assert draw(rows=rows)[0] == 0 and not (tmp_path / "run" / ".jobs.jsonl.lock").exists()
 
 
 class Killed(BaseException):
