@@ -315,11 +315,13 @@ class Faults:
             if number % 3:
                 self.begin(child)
             delay = chance.uniform(0, during if number % 3 else before)
+            start = time.monotonic()
             late = child.wait(delay) is not None
+            took = time.monotonic() - start
             child.kill()
             cut += not late
             if late:  # the first one may have had to compile
-                during, before = 0.9 * during, 0.9 * before
+                before, during = (before, took) if number % 3 else (took, during)
             self.whole(self.out, f"kill {number}, {delay:.3f} s {'into writing' if number % 3 else 'after the start'}")
             if self.writer.beside:
                 left = [x for x in os.listdir(self.place) if x != "out"]
