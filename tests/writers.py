@@ -1,6 +1,6 @@
 """Every writer of the project against kills, a second writer, a full disk and a read-only folder.
 
-python -m tests.writers --kills 20                  about an hour on two cores
+python -m tests.writers --kills 20                  about half an hour on two cores
 python -m tests.writers --kills 5 --only adapter    one of them
 
 A writer must leave at its target what was there or what it makes, whole; a later run of it must leave nothing else. Kills come at random

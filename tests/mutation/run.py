@@ -1,6 +1,6 @@
 """Seeded mutation of every file that is read.
 
-    python -m tests.mutation.run                                  1,000 mutants of every reader
+    python -m tests.mutation.run                                  1,000 mutants of every reader, about 20 minutes
     python -m tests.mutation.run --reader safetensors --count 10000
 
 Each mutant is read in a process of its own kind, with a time limit. A reader must refuse it (`UserError`, one short clean line), read
