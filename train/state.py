@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dynaip_jax.adapters.dynaip import init_adapter_params
 from dynaip_jax.families.base import Matrices
+from dynaip_jax.layers.basic import shapes_of
 from dynaip_jax.runtime.sharding import shardings
 from train.config import OptimConfig, TrainConfig
 from train.constants import Constants
@@ -72,7 +73,7 @@ def first_state(config: TrainConfig, constants: Constants, boxed: bool = False) 
 @lru_cache(maxsize=8)
 def _abstract_boxed(config: TrainConfig, constants: Constants) -> TrainState:
     """Kept: to find the shapes of a network's parameters is to trace all of it."""
-    return jax.eval_shape(lambda: first_state(config, constants, boxed=True))
+    return shapes_of(lambda: first_state(config, constants, boxed=True))
 
 
 def state_shardings(config: TrainConfig, constants: Constants, mesh: Mesh) -> TrainState:

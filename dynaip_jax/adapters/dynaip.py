@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dynaip_jax import choices, schema
 from dynaip_jax.adapters.hmoe import HMoE, HMoEConfig
-from dynaip_jax.layers.basic import parameter
+from dynaip_jax.layers.basic import parameter, shapes_of
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection
 from dynaip_jax.runtime.sharding import constrain
@@ -159,4 +159,4 @@ def abstract_adapter_params(
 
 @lru_cache(maxsize=64)
 def _abstract_boxed(config: DynaIPConfig, compute: Compute) -> dict[str, Any]:
-    return jax.eval_shape(lambda: init_adapter_params(config, jax.random.key(0), compute, boxed=True))
+    return shapes_of(lambda: init_adapter_params(config, jax.random.key(0), compute, boxed=True))

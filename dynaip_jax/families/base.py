@@ -25,7 +25,7 @@ from dynaip_jax import flow
 from dynaip_jax.errors import UserError, reason
 from dynaip_jax.families.tokenizers import Tokenizers
 from dynaip_jax.flow import ScheduleConfig
-from dynaip_jax.layers.basic import SEEN
+from dynaip_jax.layers.basic import SEEN, shapes_of
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection, Seen
 from dynaip_jax.layers.step_cache import StepCache
@@ -61,7 +61,7 @@ class Component(NamedTuple):
 @lru_cache(maxsize=64)
 def _abstract_boxed(component: Component, network: Any) -> dict[str, Any]:
     """Kept: to find the shapes of a network's parameters is to trace all of it."""
-    return jax.eval_shape(lambda: component.init(network, jax.random.key(0)))
+    return shapes_of(lambda: component.init(network, jax.random.key(0)))
 
 
 class Matrices(NamedTuple):

@@ -7,7 +7,8 @@ rows of a table, like parts side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,25 @@ from jax.typing import DTypeLike
 
 from dynaip_jax.layers.compute import REMAT_POLICIES
 
-LECUN, SMALL = nn.initializers.lecun_normal(), nn.initializers.normal(0.02)
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
 SEEN = "intermediates"  # the collection in which blocks keep what they saw (Flax leaves it out of `init`); usually nothing is kept
+
+
+def shapes_of(init: Callable[[], Any]) -> Any:
+    """The tree of shapes and dtypes that `init()` makes, nothing allocated. Nothing is drawn at random either, the tracing of which takes
+    a third of that of a network."""
+    before = _shapes_only.set(True)
+    try:
+        return jax.eval_shape(init)
+    finally:
+        _shapes_only.reset(before)
+
+
+def _drawn(init: Initializer) -> Initializer:
+    return lambda key, shape, *rest: (nn.initializers.zeros if _shapes_only.get() else init)(key, shape, *rest)
+
+
+LECUN, SMALL = _drawn(nn.initializers.lecun_normal()), _drawn(nn.initializers.normal(0.02))
 
 
 def parameter(

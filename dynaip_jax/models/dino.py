@@ -17,7 +17,7 @@ import numpy as np
 
 from dynaip_jax import schema
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import LayerNorm, linear, parameter, scanned
+from dynaip_jax.layers.basic import LECUN, SMALL, LayerNorm, linear, parameter, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.hf import config_from_hf
 
@@ -106,16 +106,15 @@ class Dino(nn.Module):
         if height % c.patch_size or width % c.patch_size:
             raise ValueError(f"pictures of {width} x {height} pixels: expected multiples of {c.patch_size}")
         size = (c.patch_size, c.patch_size)
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "channels", "embed"))
+        init = nn.with_logical_partitioning(LECUN, (None, None, "channels", "embed"))
         cut = nn.Conv(
             c.hidden_size, size, strides=size, padding="VALID", kernel_init=init, name="patch_embedding", **p.dtypes
         )
         patches = cut(pixel_values)
         grid = height // c.patch_size, width // c.patch_size
-        small = nn.initializers.normal(0.02)
-        token = parameter(self, "class_embedding", small, ("embed",), (c.hidden_size,), p.param_dtype)
+        token = parameter(self, "class_embedding", SMALL, ("embed",), (c.hidden_size,), p.param_dtype)
         table = parameter(
-            self, "position_embedding", small, (None, "embed"), (1 + c.grid**2, c.hidden_size), p.param_dtype
+            self, "position_embedding", SMALL, (None, "embed"), (1 + c.grid**2, c.hidden_size), p.param_dtype
         )
         x = patches.reshape(b, -1, c.hidden_size)
         x = jnp.concatenate([jnp.broadcast_to(token.astype(p.dtype), (b, 1, c.hidden_size)), x], axis=1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import parameter, scanned
+from dynaip_jax.layers.basic import LECUN, parameter, scanned
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.models.hf import config_from_hf
 from dynaip_jax.models.towers import (
@@ -81,9 +81,7 @@ class SiglipHead(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, p = self.config, self.compute
         heads, axes = (c.num_attention_heads, c.head_dim), ("embed", "heads", "head_dim")
-        probe = parameter(
-            self, "probe", nn.initializers.lecun_normal(), (None, "embed"), (1, c.hidden_size), p.param_dtype
-        )
+        probe = parameter(self, "probe", LECUN, (None, "embed"), (1, c.hidden_size), p.param_dtype)
         query = jnp.broadcast_to(probe.astype(p.dtype), (len(x), 1, c.hidden_size))
         q, k, v = (dense(p, heads, axes, f"{name}_proj")(rows) for name, rows in (("q", query), ("k", x), ("v", x)))
         heads_out = attention(q, k, v, kernel=p.attention)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dynaip_jax import schema
 from dynaip_jax.errors import UserError
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import SMALL, Conv, DenseGeneral, LayerNorm, linear, parameter
+from dynaip_jax.layers.basic import LECUN, SMALL, Conv, DenseGeneral, LayerNorm, linear, parameter
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.runtime.sharding import HEADS, ROWS, WIDE, constrain
 
@@ -127,7 +127,7 @@ def position_table(module: nn.Module, p: Compute, name: str, rows: int, width: i
 def patches(c: VisionTowerConfig, p: Compute, *, use_bias: bool = False) -> Conv:
     """Pixels `[b, H, W, 3]` -> one vector for each patch `[b, rows, columns, c]`."""
     size = (c.patch_size, c.patch_size)
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "channels", "embed"))
+    init = nn.with_logical_partitioning(LECUN, (None, None, "channels", "embed"))
     return Conv(
         c.hidden_size, size, strides=size, padding="VALID", use_bias=use_bias, **p.dtypes,
         kernel_init=init, bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), name="patch_embedding",

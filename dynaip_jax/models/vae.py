@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dynaip_jax import schema
 from dynaip_jax.layers.attention import attention
-from dynaip_jax.layers.basic import Conv, DenseGeneral, GroupNorm, linear
+from dynaip_jax.layers.basic import LECUN, Conv, DenseGeneral, GroupNorm, linear
 from dynaip_jax.layers.compute import REMAT_POLICIES, Compute
 from dynaip_jax.runtime.sharding import PICTURES, constrain
 
@@ -278,7 +278,7 @@ def _conv(
         strides=strides,
         padding=padding,
         **p.dtypes,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "conv_in", "conv_out")),
+        kernel_init=nn.with_logical_partitioning(LECUN, (None, None, "conv_in", "conv_out")),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
         conv_general_dilated=_with_whole_kernel,
         name=name,

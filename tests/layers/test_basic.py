@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import pytest
 from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
+from dynaip_jax.families.registry import FAMILIES, family_of, open_bundle
+from dynaip_jax.layers import basic
 from dynaip_jax.layers.basic import Conv, DenseGeneral, Embed, GroupNorm, parameter
+from dynaip_jax.layers.compute import Compute
 
 
 class Table(nn.Module):
@@ -48,3 +51,21 @@ def test_a_given_parameter_is_taken_by_its_shape_alone(name):
         layer.apply({"params": other}, x)
     with pytest.raises(ScopeParamNotFoundError):
         layer.apply({"params": {"another": jnp.ones(1)}}, x)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_are_those_of_fresh_parameters(name, tiny, tiny2):
+    family = family_of(open_bundle(tiny[0] if name == "flux" else tiny2[0]), Compute(), reference=True)
+    for part, _ in family.configs:
+        drawn = jax.eval_shape(lambda part=part: family.init_params(part, jax.random.key(0), boxed=True))
+        assert family.abstract_params(part, boxed=True) == drawn, part
+
+
+def test_nothing_is_drawn_where_shapes_are_asked_for():
+    draws = []
+    layer = Table(basic._drawn(lambda key, shape, dtype: draws.append(shape) or jnp.ones(shape, dtype)))
+    init = lambda: layer.init(jax.random.key(0), jnp.ones((2, 8)))
+    shapes = basic.shapes_of(init)
+    assert draws == []
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), init()) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    assert draws == [(8,)]
