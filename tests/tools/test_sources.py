@@ -386,6 +386,7 @@ def test_gguf_tensors_of_nothing_and_rows_of_others(tmp_path):
     rows = np.arange(256, dtype=np.float32).reshape(4, 64)
     writer = gguf.GGUFWriter(path=tmp_path / "w.gguf", arch="flux")
     writer.add_tensor("none", np.zeros((3, 0), np.float32))
+    writer.add_tensor("none of q", np.zeros((3, 0), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor(
         "q", gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0
     )
@@ -398,4 +399,5 @@ def test_gguf_tensors_of_nothing_and_rows_of_others(tmp_path):
         write()
     file = GGUFFile(tmp_path / "w.gguf")
     assert file["none"].shape == (3, 0) and file.part("none", (slice(1, 3),)).shape == (2, 0)
+    assert file["none of q"].shape == (3, 0) and file["none of q"].dtype == np.float32
     np.testing.assert_allclose(file.part("q", (slice(1, 3),)), rows[1:3], rtol=0.02)

@@ -69,7 +69,9 @@ class GGUFFile(Tensors):
         t, shape = self._tensors[name], self._shapes[name]
         data = t.data[index[0]] if index else t.data
         plain = PLAIN.get(t.tensor_type.name)
-        if plain is not None:
+        if 0 in shape:  # of which the package can undo no quantisation
+            values = np.zeros(0, plain or np.float32)
+        elif plain is not None:
             values = np.ascontiguousarray(data).view(plain)
         else:
             try:
