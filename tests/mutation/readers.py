@@ -620,6 +620,8 @@ class GGUF(Reader):
         for t in gguf.GGUFReader(folder / "w.gguf").tensors:
             shape = tuple(int(n) for n in reversed(t.shape))
             theirs = np.zeros(shape, np.float32)
+            if t.tensor_type.name in ("I8", "I16", "I32", "I64", "F64"):  # plain; the package has no word for them
+                continue
             if theirs.size:  # the package cannot undo what holds nothing
                 theirs = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
             dtype, size, data = found[t.name]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import struct
 
 import ml_dtypes
 import numpy as np
@@ -401,3 +402,10 @@ def test_gguf_tensors_of_nothing_and_rows_of_others(tmp_path):
     assert file["none"].shape == (3, 0) and file.part("none", (slice(1, 3),)).shape == (2, 0)
     assert file["none of q"].shape == (3, 0) and file["none of q"].dtype == np.float32
     np.testing.assert_allclose(file.part("q", (slice(1, 3),)), rows[1:3], rtol=0.02)
+
+
+def test_a_gguf_list_is_no_longer_than_the_file(tmp_path):
+    entry = struct.pack("<Q1sIIQ", 1, b"k", 9, 4, 2**62)  # a list of so many numbers
+    (tmp_path / "w.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + entry + bytes(64))
+    with pytest.raises(UserError, match="not a whole GGUF file .it is cut off"):
+        GGUFFile(tmp_path / "w.gguf")

@@ -43,7 +43,7 @@ class GGUFFile(Tensors):
             version, tensors, entries = struct.unpack("<IQQ", start[4:24])
             if version not in (2, 3) or max(tensors, entries) > MOST:
                 raise ValueError(f"version {version}, {tensors} tensors, {entries} entries")
-            reader = gguf.GGUFReader(path)
+            reader = _strict_reader(gguf)(path)
             self._tensors = {t.name: t for t in reader.tensors}
             if len(self._tensors) != tensors:
                 raise ValueError("a name stands twice")
@@ -92,6 +92,18 @@ class GGUFFile(Tensors):
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor, without reading it; bfloat16 for quantised ones."""
         return np.dtype(PLAIN.get(self._tensors[name].tensor_type.name, ml_dtypes.bfloat16))
+
+
+def _strict_reader(gguf: Any) -> Any:
+    """The package's reader, which past the end of a file reads nothing, as many times as a damaged list says that it is long."""
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, **options: Any) -> Any:
+            if count and offset + count * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it is cut off")
+            return super()._get(offset, dtype, count, **options)
+
+    return Reader
 
 
 def _text(field: Any) -> str:
