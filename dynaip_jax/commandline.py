@@ -187,14 +187,14 @@ def _tyro_type(cls: type) -> type:
             marks.append(conf.Positional)
         if f.default is False:  # a flag without a --no- twin: tyro counts it
             hint, marks = int, [*marks, conf.UseCounterAction]
-        annotated: Any = Annotated[(hint, *marks)]  # type: ignore
+        annotated: Any = Annotated[(hint, *marks)]  # type: ignore[valid-type]  # made of what fields say, when it runs
         always = required or meta["repeat"] or f.default is False  # tyro gives a value: (), 0 if there is none
         groups.setdefault(meta["group"], {})[f.name] = Required[annotated] if always else annotated
     made = {
-        name or "arguments": Annotated[TypedDict(name, fields, total=False), conf.arg(name=name, help="")]  # type: ignore
+        name or "arguments": Annotated[TypedDict(name, fields, total=False), conf.arg(name=name, help="")]  # type: ignore[misc,operator]
         for name, fields in groups.items()
     }
-    return TypedDict(cls.__name__, made)  # type: ignore
+    return TypedDict(cls.__name__, made)  # type: ignore  # made when it runs, as above
 
 
 def _without_none(hint: Any) -> Any:

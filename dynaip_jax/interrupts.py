@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 GRACE = 2.0  # seconds that the main thread has to come back to Python
 UNWIND = 8.0  # seconds that it then has to leave what it was in
@@ -42,7 +43,7 @@ class _Watch:
         self.losses: list[Loss] = []
         self.litter: list[Path] = []
         self._heard, self._left = threading.Event(), threading.Event()
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def start(self) -> None:
         self._reader, writer = os.pipe()
@@ -59,7 +60,7 @@ class _Watch:
         self._left.set()
         for number, handler in self._before.items():
             if signal.getsignal(number) == self.note:
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                signal.signal(number, handler)
         signal.set_wakeup_fd(self._fd_before)
         os.close(self._writer)
 

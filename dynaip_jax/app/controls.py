@@ -33,7 +33,6 @@ LABELS = dict(
     references="Reference",
     words="Words",
     masks="Mask",
-    x="x",
     true_cfg="True CFG",
     regions="Where subjects appear",
 )  # where they are more than the name of the option

@@ -249,7 +249,7 @@ class Family(abc.ABC):
 
     def reference_ids(self, number: int, height: int, width: int) -> np.ndarray:
         """Positions `[1, r, axes]` of the tokens of the `number`-th picture that the transformer reads by itself, counted from 0; sizes
-        in latent pixels. Raises `NotImplementedError` where it reads none."""
+        in latent pixels. Only where `reads_pictures`: others refuse pictures by it."""
         raise NotImplementedError
 
     def pooled_vision(self, params: Any, pixels: ArrayLike) -> jax.Array:
