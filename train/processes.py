@@ -22,6 +22,7 @@ from train.stopping import Stop
 # Signs of life within the time after which a process counts as dead; seconds between two at most.
 BEATS, LONGEST = 5, 2.0
 LEAVING = 60.0  # seconds for a process that failed to say so, after the coordinator is gone
+SAME = 15.0  # seconds at most for a process to fail of what another one failed of
 # In errors of JAX.
 TALKING = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|[Cc]onnection|coordination")
 ALIVE, ENDED = "dynaip/alive", "dynaip/ended"  # folders in the coordinator's table
@@ -82,7 +83,7 @@ class Others:
         from jax._src.distributed import global_state  # has no public name; Orbax takes it from there too
 
         client: Any = global_state.client
-        self._timeout, self._client = timeout, client
+        self._timeout, self._client, self._same = timeout, client, min(SAME, timeout / 2)
         self._own, self._count = global_state.process_id, global_state.num_processes or 1
         self._coordinator = str(global_state.coordinator_address)
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._before_abort)
@@ -107,9 +108,17 @@ class Others:
             reason = str(error) if isinstance(error, UserError) else type(error).__name__
             with contextlib.suppress(Exception):  # the coordinator may be what is gone
                 self._show(ENDED, " ".join(reason.split())[:200])
+                self._wait_for_ends()
         else:
             ctypes.CDLL(None).signal(int(signal.SIGABRT), ctypes.c_void_p(int(signal.SIG_DFL)))
             self._show(ENDED, "")
+
+    def _wait_for_ends(self) -> None:
+        """Until the others have ended too: they may yet read what this process sent, and fail of the same."""
+        until = time.monotonic() + 2 * self._same
+        for other in set(range(self._count)) - {self._own}:
+            left = max(1, int(1000 * (until - time.monotonic())))
+            self._client.blocking_key_value_get(f"{ENDED}/{other}", left)
 
     def leave(self, status: int) -> None:
         """Ends a process whose block failed."""
@@ -138,7 +147,8 @@ class Others:
             for other in range(self._count):
                 sign = alive.get(other, "")
                 name = f"process {other}" + (" on {1}, process id {2},".format(*sign.split()) if sign else "")
-                if ended.get(other) and not self._over.wait(LONGEST):  # this one may be about to fail of the same
+                if ended.get(other) and not self._over.wait(self._same):  # this one may be about to fail of the same
+                    self._show(ENDED, f"process {other} ended")
                     self._end(f"{name} ended: {ended[other]}")
                 if sign != seen.get(other, ("", began))[0]:
                     seen[other] = sign, now

@@ -210,12 +210,14 @@ def test_a_second_start_of_two_processes_beside_compiled_programs(home, tmp_path
     assert steps(tmp_path / "run") == [1, 2]
 
 
-def slow_to_end(folder, *argv):
-    """Process 1 says what failed only when process 0, which the processes meet at, is gone and JAX aborts the others."""
+def slow_to_fail(folder, *argv):
+    """Process 1 fails later than process 0, which the processes meet at, and says so later still: when that one is gone, JAX aborts the
+    others."""
     if argv[-1] == "1":
         leave = processes.Others.__exit__
 
         def late(others, *error):
+            time.sleep(5)
             leave(others, *error)
             time.sleep(3)
 
@@ -224,7 +226,7 @@ def slow_to_end(folder, *argv):
 
 
 def test_processes_with_different_options_end_before_the_first_step(home, port, tmp_path):
-    children = two_processes(home, tmp_path, port, others=((), ("--optim.rate", 0.5)), call="slow_to_end")
+    children = two_processes(home, tmp_path, port, others=((), ("--optim.rate", 0.5)), call="slow_to_fail")
     assert [child.end() for child in children] == [2, 2], children[0].log.read_text()
     for child in children:
         (line,) = [line for line in child.log.read_text().splitlines() if line.startswith("error: ")]
