@@ -49,6 +49,8 @@ def page(browser, served):
     opened.on("pageerror", lambda e: errors.append(str(e)))
     opened.on("response", lambda r: errors.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     opened.on("request", lambda r: asked.append(r.url))
+    # from the start: Playwright does not wait until choosers are taken, and a key that comes before is lost (4 of 60 on busy cores)
+    opened.on("filechooser", lambda _: None)
     opened.goto(served[1])
     opened.wait_for_selector("#draw")
     yield opened
