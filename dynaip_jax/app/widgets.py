@@ -118,6 +118,12 @@ SCRIPT = """
   });
   document.addEventListener("pointermove", (e) => { if (drawing) stroke(e); });
   document.addEventListener("pointerup", () => { if (drawing) { const w = widget(drawing); drawing = null; painted(w); } });
+  const ALTS = { picture: "the picture drawn", kept: "the picture kept", maps: "where the references act", gallery: "a picture made here" };
+  new MutationObserver(() => {  // Gradio gives its pictures no texts
+    for (const [id, text] of Object.entries(ALTS)) {
+      for (const image of document.querySelectorAll(`#${id} img`)) { if (!image.alt) image.alt = text; }
+    }
+  }).observe(document, { childList: true, subtree: true, attributes: true, attributeFilter: ["alt", "src"] });
 })();
 </script>
 """

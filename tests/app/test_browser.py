@@ -151,6 +151,9 @@ def test_upload_paint_draw_compare_and_look(page, drawings, screenshot):
     screenshot(page, "serve.png")
     page.locator("#look").click()
     playwright.expect(page.locator("#maps img")).to_be_visible(timeout=SOON)
+    alts = page.evaluate("[...document.querySelectorAll('img')].filter((e) => e.checkVisibility()).map((e) => e.alt)")
+    assert {"the picture drawn", "the picture kept", "where the references act", "a picture made here"} < set(alts)
+    assert "" not in alts
     page.locator("#gallery button.thumbnail-item").nth(1).click()
     says(page, "Settings loaded.")
     page.get_by_role("button", name="Options: References").click()
