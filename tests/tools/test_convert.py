@@ -10,10 +10,11 @@ from safetensors.numpy import load_file, save_file
 
 from dynaip_jax.commandline import run_cli
 from dynaip_jax.families.registry import FAMILIES
+from dynaip_jax.models.clip import CLIPVisionConfig
 from dynaip_jax.models.flux import FluxConfig
 from dynaip_jax.models.vae import VAEConfig
 from dynaip_jax.storage.bundle import Bundle
-from tools.convert_torch_weights import engine, flux, vae
+from tools.convert_torch_weights import clip, engine, flux, vae
 from tools.convert_torch_weights.__main__ import main
 
 COMPONENTS = FAMILIES["flux"].components
@@ -66,6 +67,16 @@ def test_a_bundle_that_lacks_parts_says_so(single_files, tmp_path, dynaip):
     assert convert("--source", single_files[0], "--out", tmp_path / "b") == 0
     status, _, stderr = dynaip("sample", "--model", tmp_path / "b", "--prompt", "x", "--output", tmp_path / "o.png")
     assert status == 2 and "has no vae (only transformer)" in stderr and "--source" in stderr
+
+
+def test_a_tower_for_reference_images_alone(tiny, tmp_path, capsys):
+    config = CLIPVisionConfig.tiny(hidden_size=64, num_attention_heads=1)
+    save_file(random_tensors(clip.vision_table(config)), tmp_path / "clip.safetensors")
+    assert convert("--clip-vision", tmp_path / "clip.safetensors", "--out", tmp_path / "b") == 0
+    assert set(Bundle.open(tmp_path / "b", FAMILIES).manifest["components"]) == {"clip_vision"}
+    assert "the sources lack transformer" in capsys.readouterr().err
+    assert convert("--out", tmp_path / "c") == 2 and not (tmp_path / "c").exists()
+    assert "--source: no value given; expected at least one, or --clip-vision" in capsys.readouterr().err
 
 
 def test_blocks_of_two_precisions_have_the_one_that_holds_both(single_files, tmp_path):

@@ -38,7 +38,9 @@ class Arguments:
 
     source: tuple[Path, ...] = argument(
         "a diffusers folder or one of its components, a file of weights (safetensors, GGUF, pickle; bare or whole checkpoint), or "
-        "hf://owner/name[@revision][/file]; may be repeated: a later source replaces the same component of an earlier one",
+        "hf://owner/name[@revision][/file]; may be repeated: a later source replaces the same component of an earlier one; required "
+        "unless there is --clip-vision",
+        default=(),
         unit="DIR_OR_FILE",
         repeat=True,
     )
@@ -76,6 +78,10 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks all sources, then writes the bundle."""
     args = parse(Arguments, argv, "python -m tools.convert_torch_weights", EXAMPLES)
+    if not args.source and not args.clip_vision:
+        raise UserError(
+            "`source`: no value given; expected at least one, or `clip_vision`; pass a folder or file of weights"
+        )
     least, most = RANGES["t5_length"]
     if args.t5_length is not None and not least <= args.t5_length <= most:
         raise UserError(f"`t5_length` {args.t5_length}: expected at least {least} and at most {most}")
