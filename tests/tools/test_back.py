@@ -76,6 +76,9 @@ def test_what_cannot_go_back(files, tmp_path, capsys):
         (("--source", files / "bundle", "--source", files / "bundle", "--to", "bfl"), "2 sources; expected one bundle"),
         (("--source", files / "ae.safetensors", "--to", "diffusers"), "expected one bundle's folder"),
         (("--source", files, "--to", "diffusers"), "no bundle.json"),
+        (("--source", files / "bundle", "--to", "bfl", "--dtype", "float32"), "--dtype: changes nothing with --to bfl"),
+        (("--source", files / "bundle", "--to", "bfl", "--dry-run"), "--dry-run: changes nothing with --to bfl"),
+        (("--clip-vision", files, "--to", "bfl"), "--clip-vision: changes nothing with --to bfl"),
     ):
         assert convert(*words, "--out", tmp_path / "out") == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -69,7 +69,7 @@ def test_a_bundle_that_lacks_parts_says_so(single_files, tmp_path, dynaip):
     assert status == 2 and "has no vae (only transformer)" in stderr and "--source" in stderr
 
 
-def test_a_tower_for_reference_images_alone(tiny, tmp_path, capsys):
+def test_a_tower_for_reference_images_alone(tmp_path, capsys):
     config = CLIPVisionConfig.tiny(hidden_size=64, num_attention_heads=1)
     save_file(random_tensors(clip.vision_table(config)), tmp_path / "clip.safetensors")
     assert convert("--clip-vision", tmp_path / "clip.safetensors", "--out", tmp_path / "b") == 0

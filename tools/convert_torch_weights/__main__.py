@@ -91,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"`lora`: not merged with `to` {args.to}; expected a bundle that has it; convert with `lora` first"
             )
+        for name in ("clip_vision", "tokenizers", "dtype", "t5_length", "dry_run", "verify"):
+            if getattr(args, name) != getattr(Arguments, name):
+                raise UserError(
+                    f"`{name}`: changes nothing with `to` {args.to}, which writes a bundle as it is; leave it out, or convert a bundle with it first"
+                )
         export(args.source, args.to, args.out, LAYOUTS, args.overwrite)
         return 0
     convert(
