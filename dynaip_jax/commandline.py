@@ -29,6 +29,7 @@ from typing import (
 from dynaip_jax import interrupts
 from dynaip_jax.errors import UserError, reason
 from dynaip_jax.platforms import leave_absent_tpus
+from dynaip_jax.schema import D
 
 T = TypeVar("T")
 Main = Callable[[Sequence[str]], int | None]
@@ -55,7 +56,7 @@ def argument(
     return dataclasses.field(default=default, kw_only=True, metadata=meta)
 
 
-def parse(cls: type[T], argv: Sequence[str] | None, prog: str, examples: str = "") -> T:
+def parse(cls: type[D], argv: Sequence[str] | None, prog: str, examples: str = "") -> D:
     """The arguments in `argv`. Raises `UserError` for words that do not fit; --help prints and exits."""
     arguments, unknown = parse_known(cls, argv, prog, examples, others=False)
     assert not unknown
@@ -63,8 +64,8 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, examples: str = "
 
 
 def parse_known(
-    cls: type[T], argv: Sequence[str] | None, prog: str, examples: str = "", *, others: bool = True
-) -> tuple[T, list[str]]:
+    cls: type[D], argv: Sequence[str] | None, prog: str, examples: str = "", *, others: bool = True
+) -> tuple[D, list[str]]:
     """The arguments in `argv`, and the words that are none of them (`others`: whether there may be any)."""
     from tyro import conf
 
@@ -87,9 +88,9 @@ def parse_known(
     return _filled(cls, given, prog), unknown
 
 
-def _filled(cls: type[T], given: dict[str, Any], prog: str) -> T:
+def _filled(cls: type[D], given: dict[str, Any], prog: str) -> D:
     """The arguments that are given, and defaults. Raises `UserError` if there is none where one is the least."""
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]  # mypy has no bound for any dataclass
+    for f in dataclasses.fields(cls):
         if f.default is False:
             given[f.name] = bool(given[f.name])  # tyro counts it
         elif given.get(f.name) == () and (f.default is dataclasses.MISSING or not f.metadata["repeat"]):
@@ -187,14 +188,14 @@ def _tyro_type(cls: type) -> type:
             marks.append(conf.Positional)
         if f.default is False:  # a flag without a --no- twin: tyro counts it
             hint, marks = int, [*marks, conf.UseCounterAction]
-        annotated: Any = Annotated[(hint, *marks)]  # type: ignore[valid-type]  # made of what fields say, when it runs
+        annotated: Any = Annotated[(hint, *marks)]
         always = required or meta["repeat"] or f.default is False  # tyro gives a value: (), 0 if there is none
         groups.setdefault(meta["group"], {})[f.name] = Required[annotated] if always else annotated
     made = {
-        name or "arguments": Annotated[TypedDict(name, fields, total=False), conf.arg(name=name, help="")]  # type: ignore[misc,operator]
+        name or "arguments": Annotated[TypedDict(name, fields, total=False), conf.arg(name=name, help="")]  # type: ignore[operator]
         for name, fields in groups.items()
     }
-    return TypedDict(cls.__name__, made)  # type: ignore  # made when it runs, as above
+    return TypedDict(cls.__name__, made)  # type: ignore[operator]  # made when it runs, as above
 
 
 def _without_none(hint: Any) -> Any:

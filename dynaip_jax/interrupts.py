@@ -68,7 +68,7 @@ class _Watch:
         """In a forked process, whose signals are its own."""
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union
 
 SIZE = (1, 1 << 20)  # of a width, unless a config says otherwise
 BLOCKS = (1, 1 << 10)  # of a number of layers
@@ -19,6 +19,15 @@ WORDS = (1, 1 << 24)  # of a vocabulary
 EPSILON = (1e-12, 0.1)  # of a norm
 LARGEST = 1 << 62
 MOST_PARAMETERS = 1 << 38  # of one network: more than any known one of these kinds has
+
+
+class AnyDataclass(Protocol):
+    """An instance of any dataclass, for annotations."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+D = TypeVar("D", bound=AnyDataclass)
 
 
 def typed(kind: Any, value: Any, name: str) -> Any:
@@ -36,7 +45,7 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         return _tuple(inner, value, name)
     if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else build(kind, value)  # type: ignore[arg-type]
+        return value if isinstance(value, kind) else build(kind, value)  # type: ignore[arg-type]  # a class: annotations hold no instances
     if origin in (dict, Mapping):
         _is(isinstance(value, Mapping), value, name, "an object")
         return {key: typed(inner[1], x, f"{name}.{key}") for key, x in value.items()}

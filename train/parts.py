@@ -183,7 +183,7 @@ def _key(rows: list[Row | BadRow], limits: Limits) -> str:
     """A digest of the rows as the source states them, and of size and time of their files."""
     whole = hashlib.sha256(repr((VERSION, limits)).encode())
     for row in rows:
-        whole.update(repr(row if isinstance(row, BadRow) else row._replace(target=None, reference=None)).encode())  # type: ignore[arg-type]
+        whole.update(repr(row if isinstance(row, BadRow) else row._replace(target=None, reference=None)).encode())  # type: ignore[arg-type]  # None stands for pixels
         if isinstance(row, Row):
             for picture in (row.target, row.reference, *(() if row.mask is None else (Picture(row.mask),))):
                 whole.update(repr((picture.path, picture.half, _state(picture))).encode())

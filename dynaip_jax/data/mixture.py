@@ -17,13 +17,12 @@ from dynaip_jax.data.records import Dataset, Record, open_dataset
 class Mixture(Dataset):
     """`datasets` one after the other; see `Dataset`. `path` names all of them, for messages.
 
-    Where one dataset has a path and plain arrays, this has text and properties that join them when they are asked for; mypy allows
-    neither in a subclass, and callers only read them: hence `type: ignore`.
+    Where one dataset has a path and plain arrays, this has text and properties that join them when they are asked for.
     """
 
     def __init__(self, datasets: Sequence[Dataset]):
         self.datasets = tuple(datasets)
-        self.path = " + ".join(str(dataset.path) for dataset in datasets)  # type: ignore[assignment]
+        self.path = " + ".join(str(dataset.path) for dataset in datasets)
         contents = [dataset.content for dataset in datasets]
         self.content = hashlib.sha256(repr(contents).encode()).hexdigest() if all(contents) else ""
         self._ends = np.cumsum([len(dataset) for dataset in datasets]).tolist()
@@ -39,15 +38,15 @@ class Mixture(Dataset):
         return self.datasets[number][row - (self._ends[number - 1] if number else 0)]
 
     @cached_property
-    def sizes(self) -> np.ndarray:  # type: ignore[override]
+    def sizes(self) -> np.ndarray:
         return np.concatenate([dataset.sizes for dataset in self.datasets])
 
     @cached_property
-    def numbers(self) -> np.ndarray:  # type: ignore[override]
+    def numbers(self) -> np.ndarray:
         return np.concatenate([dataset.numbers for dataset in self.datasets])
 
     @cached_property
-    def masked(self) -> np.ndarray:  # type: ignore[override]
+    def masked(self) -> np.ndarray:
         return np.concatenate([dataset.masked for dataset in self.datasets])
 
 

@@ -49,8 +49,10 @@ def parameter(
     dtype: DTypeLike,
 ) -> jax.Array:
     """A parameter of `module` with logical `axes`."""
-    given = _given(module, name, shape)
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype) if given is None else given  # type: ignore[return-value]
+    given: Any = _given(module, name, shape)
+    if given is None:
+        given = module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+    return given
 
 
 def _given(module: nn.Module, name: str, shape: Sequence[int]) -> jax.Array | None:

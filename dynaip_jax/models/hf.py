@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from dynaip_jax.errors import UserError, shortened
-
-Config = TypeVar("Config")
+from dynaip_jax.schema import D
 
 
 def config_from_hf(
-    cls: type[Config], hf: Mapping[str, Any], supported: Mapping[str, tuple], changes: Mapping[str, Any]
-) -> Config:
+    cls: type[D], hf: Mapping[str, Any], supported: Mapping[str, tuple], changes: Mapping[str, Any]
+) -> D:
     """`cls` with the fields that the dictionary `hf` has, then `changes`; the other entries of `hf` are ignored.
 
     `supported` lists the values that an entry of `hf` may have where it is present. Raises `UserError` for another
@@ -25,7 +24,7 @@ def config_from_hf(
             raise UserError(
                 f"{name} {shortened(repr(hf[name]), 60)}: expected {expected}; use a checkpoint of that kind"
             )
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # mypy has no bound for any dataclass
+    names = {f.name for f in dataclasses.fields(cls)}
     try:
         return cls(**{**{k: v for k, v in hf.items() if k in names}, **changes})
     except ValueError as e:

@@ -144,7 +144,7 @@ def reserve(path: Path) -> None:
 def sha256_of(path: AnyPath) -> str:
     """sha256 of a file."""
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]  # files of buckets are buffered too
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _check_client(text: str, scheme: str) -> None:

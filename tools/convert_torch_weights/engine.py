@@ -104,7 +104,7 @@ def copy(name: str, *shape: int) -> Leaf:
 
 def stack(path: str, tables: list[Table]) -> Table:
     """The tables of equal blocks as one table of stacked leaves under `path`."""
-    return {f"{path}/{leaf}": [t[leaf] for t in tables] for leaf in (tables[0] if tables else ())}  # type: ignore[misc]
+    return {f"{path}/{leaf}": [t[leaf] for t in tables] for leaf in (tables[0] if tables else ())}  # type: ignore[misc]  # tables of blocks hold no lists
 
 
 def abstract_params(init: Callable[..., Any], *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
