@@ -87,7 +87,7 @@ class Others:
         self._own, self._count = global_state.process_id, global_state.num_processes or 1
         self._coordinator = str(global_state.coordinator_address)
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._before_abort)
-        self._over, self._leaving = threading.Event(), False
+        self._over, self._told, self._leaving = threading.Event(), threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
 
     def __enter__(self) -> Others:
@@ -104,21 +104,26 @@ class Others:
         self._over.set()
         self._thread.join()
         if error is not None:
-            self._leaving = True
             reason = str(error) if isinstance(error, UserError) else type(error).__name__
-            with contextlib.suppress(Exception):  # the coordinator may be what is gone
-                self._show(ENDED, " ".join(reason.split())[:200])
-                self._wait_for_ends()
+            self._say(" ".join(reason.split())[:200], 2 * self._same)
         else:
             ctypes.CDLL(None).signal(int(signal.SIGABRT), ctypes.c_void_p(int(signal.SIG_DFL)))
             self._show(ENDED, "")
 
-    def _wait_for_ends(self) -> None:
-        """Until the others have ended too: they may yet read what this process sent, and fail of the same."""
-        until = time.monotonic() + 2 * self._same
-        for other in set(range(self._count)) - {self._own}:
-            left = max(1, int(1000 * (until - time.monotonic())))
-            self._client.blocking_key_value_get(f"{ENDED}/{other}", left)
+    def _say(self, reason: str, patience: float) -> None:
+        """Tells the others why this process ends, and waits until they end too: they may yet read what it sent, and fail of the same. For
+        `patience` seconds at most, and no longer than the coordinator is there: a call to one that is gone never returns, hence the thread."""
+
+        def tell() -> None:
+            with contextlib.suppress(Exception):  # the coordinator may be what is gone
+                self._show(ENDED, reason)
+                for other in set(range(self._count)) - {self._own}:
+                    self._client.blocking_key_value_get(f"{ENDED}/{other}", int(1000 * patience))
+            self._told.set()
+
+        self._leaving = True
+        threading.Thread(target=tell, daemon=True).start()
+        self._told.wait(patience)
 
     def leave(self, status: int) -> None:
         """Ends a process whose block failed."""
@@ -148,7 +153,7 @@ class Others:
                 sign = alive.get(other, "")
                 name = f"process {other}" + (" on {1}, process id {2},".format(*sign.split()) if sign else "")
                 if ended.get(other) and not self._over.wait(self._same):  # this one may be about to fail of the same
-                    self._show(ENDED, f"process {other} ended")
+                    self._say(f"process {other} ended", LONGEST)
                     self._end(f"{name} ended: {ended[other]}")
                 if sign != seen.get(other, ("", began))[0]:
                     seen[other] = sign, now
@@ -158,7 +163,8 @@ class Others:
     def _before_abort(self, number: int) -> None:
         """JAX aborts the process, in a thread of its own, as soon as its coordinator is gone, and names nobody."""
         if self._leaving:
-            time.sleep(LEAVING)  # the main thread says what failed, and leaves
+            self._told.set()  # as far as that went
+            time.sleep(LEAVING)  # another thread says what failed, and leaves
         host, _, port = self._coordinator.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()

@@ -211,17 +211,23 @@ def test_a_second_start_of_two_processes_beside_compiled_programs(home, tmp_path
 
 
 def slow_to_fail(folder, *argv):
-    """Process 1 fails later than process 0, which the processes meet at, and says so later still: when that one is gone, JAX aborts the
-    others."""
+    """Process 1 fails later than process 0, which the processes meet at; its word of that arrives, but no answer, since that one is gone
+    and JAX aborts the others; then it says what failed."""
     if argv[-1] == "1":
-        leave = processes.Others.__exit__
+        leave, show = processes.Others.__exit__, processes.Others._show
 
         def late(others, *error):
             time.sleep(5)
             leave(others, *error)
             time.sleep(3)
 
-        processes.Others.__exit__ = late
+        def unanswered(others, folder, text):
+            show(others, folder, text)
+            if folder == processes.ENDED:
+                time.sleep(2)
+                show(others, folder, text)
+
+        processes.Others.__exit__, processes.Others._show = late, unanswered
     train_as_process(folder, *argv)
 
 
