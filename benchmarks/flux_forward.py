@@ -1,6 +1,6 @@
 """One forward of a mid-sized FLUX on CPU: ours against diffusers eager, the adapter's extra cost, compile time, CLI start.
 
-python -m benchmarks.flux_forward [--family flux2] [--repeats N] [--json]
+python -m benchmarks.flux_forward [--family flux2] [--dtype bfloat16] [--repeats N] [--json]
 
 The two programs take turns in one process, on the same random weights and inputs, so that the ratio is fair on a busy
 machine; absolute times are not. Needs the `test` extra (torch, diffusers).
@@ -25,9 +25,11 @@ import numpy as np
 from benchmarks.output import show
 from dynaip_jax.adapters.dynaip import DynaIP, DynaIPConfig, init_adapter_params
 from dynaip_jax.families.flux2 import positions, text_positions
+from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.packing import image_ids
 from dynaip_jax.models.flux import Flux, FluxConfig
 from dynaip_jax.models.flux2 import Flux2, Flux2Config
+from dynaip_jax.runtime.programs import options_for
 from dynaip_jax.types import ImagePrompt, Sites
 from tools.convert_torch_weights import flux as convert_flux
 from tools.convert_torch_weights import flux2 as convert_flux2
@@ -84,13 +86,16 @@ def main() -> int:
     """Prints one line a figure, or one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=PAIRS, default="flux")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
     import torch
 
-    runs, compile_s = programs(args.family)
+    runs, compile_s = programs(args.family, args.dtype)
     outputs = {name: run() for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.repeats):
@@ -114,35 +119,40 @@ def main() -> int:
     return 0
 
 
-def programs(family: str) -> tuple[dict[str, Callable[[], np.ndarray]], float]:
-    """The forwards to be compared, by name, and how long ours took to compile."""
+def programs(family: str, dtype: str) -> tuple[dict[str, Callable[[], np.ndarray]], float]:
+    """The forwards to be compared, by name, and how long ours took to compile. `dtype`: of weights and activations."""
     import torch
 
     torch.manual_seed(0)
     pair = PAIRS[family]()
-    model, config, params = pair.theirs.eval(), pair.ours.config, jax.device_put(pair.params)
+    model, config = pair.theirs.eval().to(getattr(torch, dtype)), pair.ours.config
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), pair.params)
+    ours = type(pair.ours)(config, Compute(dtype=dtype, param_dtype=dtype))
     rng = np.random.default_rng(0)
     spec = pair.ours.inputs_spec(config, 1, GRID * GRID, TEXT)
     x = {k: rng.normal(size=s.shape).astype(np.float32) for k, s in spec.items()}
     x |= dict(img_ids=pair.img_ids, txt_ids=pair.txt_ids, timesteps=np.array([0.5], np.float32))
 
-    forward = jax.jit(pair.ours.apply)
+    forward = jax.jit(ours.apply, compiler_options=options_for("cpu"))
     start = time.perf_counter()
     plain = forward.lower({"params": params}, **x).compile()
     compile_s = time.perf_counter() - start
-    prompt = image_prompt(config, rng)
+    prompt = jax.tree.map(lambda y: y.astype(dtype), image_prompt(config, rng))
     adapted = forward.lower({"params": params}, **x, image_prompt=prompt).compile()
-    tensors = {NAMES[k]: torch.tensor(v[0] if k in ("img_ids", "txt_ids") else v) for k, v in x.items()}
+    tensors = {
+        NAMES[k]: torch.tensor(v[0]) if k in ("img_ids", "txt_ids") else torch.tensor(v).to(getattr(torch, dtype))
+        for k, v in x.items()
+    }
 
     def theirs() -> np.ndarray:
         with torch.no_grad():
-            return model(**tensors).sample.numpy()
+            return model(**tensors).sample.float().numpy()
 
-    ours = dict(
+    runs = dict(
         ours=lambda: np.asarray(plain({"params": params}, **x)),
         ours_adapter=lambda: np.asarray(adapted({"params": params}, **x, image_prompt=prompt)),
     )
-    return dict(diffusers=theirs) | ours, compile_s
+    return dict(diffusers=theirs) | runs, compile_s
 
 
 def image_prompt(config: FluxConfig | Flux2Config, rng: np.random.Generator) -> ImagePrompt:

@@ -18,8 +18,8 @@ from dynaip_jax.data.records import Dataset
 from dynaip_jax.data.samples import pictures
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import REFERENCE_ENCODER, Family
-from dynaip_jax.runtime.compiling import QUICK
 from dynaip_jax.runtime.layouts import Arranged
+from dynaip_jax.runtime.programs import Quick
 from dynaip_jax.sampling.conditions import Conditions, adapter_options, encode_text
 from dynaip_jax.sampling.denoise import Parts, generate, on_mesh
 from dynaip_jax.sampling.options import SampleOptions
@@ -60,7 +60,7 @@ class Sampler:
         assert adapter is not None
         size = family.config(REFERENCE_ENCODER).image_size
         pixels = np.stack([images.clip_pixels(reference, size) for reference in self._references])
-        vision = jax.jit(family.vision, static_argnums=2, compiler_options=QUICK)
+        vision = Quick(family.vision, static_argnums=2)
         levels = vision(self._run.held(REFERENCE_ENCODER)[REFERENCE_ENCODER], pixels, adapter.hmoe.levels)
         return tuple(level[:, None] for level in levels)
 
@@ -125,7 +125,7 @@ def _options(sample: SampleConfig, defaults: Mapping[str, Any], family: Family) 
     return asked.filled(defaults, multiple=family.multiple, takes_guidance=family.takes_guidance)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(Quick, static_argnums=(0, 1))
 def _image_prompt(
     family: Family, config: DynaIPConfig, params: Any, levels: Any, options: dict[str, Any]
 ) -> ImagePrompt:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dynaip_jax import flow
 from dynaip_jax.adapters.dynaip import DynaIP
 from dynaip_jax.data.samples import Batch
-from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.programs import Quick
 from dynaip_jax.runtime.sharding import batch_sharding
 from dynaip_jax.types import TextCondition
 from train.constants import Constants
@@ -174,7 +174,7 @@ def train_step(
 def jitted(mesh: Mesh, places: TrainState) -> tuple[Any, Any]:
     """`features_of` and `train_step` for a mesh, and a state with the shardings `places`; to be called, or lowered, with the mesh
     set (`jax.set_mesh`)."""
-    features_fn = jax.jit(features_of, static_argnums=0, out_shardings=batch_sharding(mesh), compiler_options=QUICK)
+    features_fn = Quick(features_of, static_argnums=0, out_shardings=batch_sharding(mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     step_fn = jax.jit(train_step, static_argnums=0, donate_argnums=1, out_shardings=(places, everywhere))
     return features_fn, step_fn

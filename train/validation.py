@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dynaip_jax.data.cached import CachedBatch
 from dynaip_jax.data.loader import make_loader
 from dynaip_jax.data.samples import Batch
-from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.programs import Quick
 from dynaip_jax.runtime.sharding import batch_positions, batch_sharding, local_part
 from train.run import Run
 from train.state import TrainState
@@ -45,7 +45,7 @@ class Validation:
         """What the encoders make of this process's part of each batch."""
         run, constants = self._run, self._run.constants
         encoders = run.held(*run.encoders)
-        encode_batch = jax.jit(encode, static_argnums=0, out_shardings=batch_sharding(run.mesh), compiler_options=QUICK)
+        encode_batch = Quick(encode, static_argnums=0, out_shardings=batch_sharding(run.mesh))
         encoded = []
         for local in batches:
             with jax.set_mesh(run.mesh):

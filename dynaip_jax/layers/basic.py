@@ -18,6 +18,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from dynaip_jax.layers.compute import REMAT_POLICIES
+from dynaip_jax.runtime.sharding import platform
 
 _shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
 SEEN = "intermediates"  # the collection in which blocks keep what they saw (Flax leaves it out of `init`); usually nothing is kept
@@ -71,8 +72,17 @@ class _Given(nn.Module):
         return super().param(name, init_fn, *args, **options) if given is None else given
 
 
+def _product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None, **options: Any) -> jax.Array:
+    """`jax.lax.dot_general`, on a CPU rounded by a step of its own: XLA has fast code there for products of bfloat16 that give float32."""
+    if platform() == "cpu":
+        options = dict(preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, kernel, dimensions, precision, **options).astype(x.dtype)
+
+
 class DenseGeneral(_Given, nn.DenseGeneral):
     """Flax's."""
+
+    dot_general: Any = _product
 
 
 class Conv(_Given, nn.Conv):

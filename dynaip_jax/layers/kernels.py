@@ -76,7 +76,8 @@ def per_head(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.A
         logits = jnp.einsum("nd,md->nm", q, k, preferred_element_type=jnp.float32) * scale
         if bias is not None:
             logits = logits + bias[index // h % bias.shape[0], index % h % bias.shape[1]]
-        return jax.nn.softmax(logits, axis=-1).astype(v.dtype) @ v
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        return jnp.matmul(weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
 
     heads = (jnp.swapaxes(x, 1, 2).reshape(b * h, *x.shape[1::2]) for x in (q, k, v))
     out = jax.lax.map(one, (jnp.arange(b * h), *heads))

@@ -1,4 +1,4 @@
-"""How long programs take to compile: kept on disk, and compiled with little effort where they are a small part of the work."""
+"""Compiled programs are kept on disk, so that the next process starts sooner."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 OTHERS = 0o022  # permissions of others to write
 # what else JAX is to know of its cache, unless the user says otherwise: programs worth keeping, in seconds; bytes of all of them
 DEFAULTS = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1, JAX_COMPILATION_CACHE_MAX_SIZE=4 * 2**30)
-# `compiler_options` of jax.jit: at FLUX.1's size XLA's TPU compiler takes 122 s of a core for the VAE's decoder, with these 11 s, and 180
-# and 16 s for the features of a training step (docs/performance.md)
-QUICK = dict(exec_time_optimization_effort=-1.0)
 
 
 def keep_compiled() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format, Layout
 
+from dynaip_jax.runtime.programs import options_for
+
 
 def lower(
     function: Callable[..., Any],
@@ -91,4 +93,5 @@ def _jitted(function: Callable[..., Any], config: Hashable, structure: Any, shar
 
     run.__name__ = function.__name__  # of the program
     formats = jax.tree.unflatten(structure, [Format(Layout.AUTO, x) for x in shardings])
-    return jax.jit(run, in_shardings=(formats, None))
+    where = next(iter(shardings[0].device_set)).platform
+    return jax.jit(run, in_shardings=(formats, None), compiler_options=options_for(where))

@@ -20,7 +20,7 @@ from dynaip_jax.adapters.hmoe import HMoE
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
 from dynaip_jax.families.tokenizers import Tokenizers
-from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.programs import Quick
 from dynaip_jax.sampling.options import SampleOptions, texts
 from dynaip_jax.types import ImagePrompt, TextCondition
 
@@ -88,13 +88,13 @@ class Subjects(NamedTuple):
         return mode
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(Quick, static_argnums=0)
 def encode_text(family: Family, params: Mapping[str, Any], ids: Mapping[str, jax.Array]) -> TextCondition:
     """The text condition of token ids `[n, t]` by text encoder; `params`: of the text encoders."""
     return family.encode_text(params, ids)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(Quick, static_argnums=(0, 1))
 def make_image_prompt(
     family: Family, config: AdapterConfig, vision_params: Any, params: Any, pixels: jax.Array, options: dict[str, Any]
 ) -> tuple[ImagePrompt, jax.Array | None]:
@@ -115,7 +115,7 @@ def make_image_prompt(
     return adapter.apply({"params": params}, features, **options)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(Quick, static_argnums=(0, 1))
 def routing(family: Family, config: DynaIPConfig, vision_params: Any, params: Any, pixels: jax.Array) -> jax.Array:
     """Routing weights float32 `[b, 3]` of `pixels` `[b, S, S, 3]`, of a token router the mean of its tokens; nothing else is computed."""
     levels = family.vision(vision_params, pixels, config.hmoe.levels)

@@ -18,7 +18,7 @@ from dynaip_jax import flow
 from dynaip_jax.errors import OutOfMemory
 from dynaip_jax.families.base import Family
 from dynaip_jax.runtime import layouts, memory
-from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.programs import Quick
 from dynaip_jax.sampling.conditions import Conditions
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.progress import SILENT, Progress, step_done, watching
@@ -180,7 +180,7 @@ def viewed_loop(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array | None
     return denoising_loop(*args, **options, viewed=True)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(Quick, static_argnums=0)
 def decode(family: Family, params: Mapping[str, Any], latents: jax.Array) -> jax.Array:
     """Latents `[b, c, h, w]` -> pictures `[b, H, W, 3]`, about [-1, 1]."""
     return family.decode(params, latents)

@@ -15,7 +15,7 @@ from PIL import Image
 from dynaip_jax import images
 from dynaip_jax.errors import UserError
 from dynaip_jax.families.base import Family
-from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.programs import Quick
 from dynaip_jax.types import References
 
 LARGEST = 1024 * 1024  # pixels; larger pictures are made smaller
@@ -87,7 +87,7 @@ def encoded(family: Family, params: Any, natives: Natives) -> References | None:
     return References(jnp.concatenate(tokens, axis=1), jnp.concatenate(ids, axis=1)) if tokens else None
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(Quick, static_argnums=0)
 def _latents(family: Family, params: Any, pixels: jax.Array) -> jax.Array:
     """The mean latents `[1, c, h, w]` of a picture `[1, H, W, 3]` in [-1, 1]."""
     return family.latents(family.encode(params, pixels))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dynaip_jax import images
 from dynaip_jax.families.base import Family
-from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.programs import Quick
 
 PICTURES, SIDE = 16, 16  # drawn to fit colours to: how many, and tokens a side
 RIDGE = 1e-3
@@ -45,7 +45,7 @@ class Preview(NamedTuple):
         return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(Quick, static_argnums=0)
 def _latents(family: Family, vae: Any, pictures: jax.Array) -> jax.Array:
     return family.latents(family.encode(vae, pictures))
 

@@ -16,7 +16,7 @@ import numpy as np
 from dynaip_jax.eval.maps import overlap
 from dynaip_jax.eval.statistics import bootstrap_intervals
 from dynaip_jax.families.base import Family
-from dynaip_jax.runtime.compiling import QUICK
+from dynaip_jax.runtime.programs import Quick
 from dynaip_jax.sampling import looking
 from dynaip_jax.sampling.conditions import Conditions, adapter_options, reference_pixels
 from dynaip_jax.sampling.options import SampleOptions
@@ -87,6 +87,6 @@ def _image_prompt(pipe: DynaIPPipeline, cases: Cases, n: int, options: SampleOpt
     return pipe.image_prompt(pixels, **adapter_options(options))[0]
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(Quick, static_argnums=0)
 def _encoded(family: Family, vae: Any, pictures: jax.Array) -> jax.Array:
     return family.latents(family.encode(vae, pictures))
