@@ -9,6 +9,7 @@ import inspect
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from dynaip_jax.schema import D
 T = TypeVar("T")
 Main = Callable[[Sequence[str]], int | None]
 AST_TRIES = 5
+UNREAD = 128 + 13  # exit status where nobody reads on, as of a process that SIGPIPE ends
 WIDTH = "100000"  # columns of what tyro complains of, so that it breaks no word
 
 
@@ -257,9 +259,20 @@ def unforeseen(error: Exception) -> UserError:
     )
 
 
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has left, as `head` does. Nothing is written to it any more, also not by Python at its end."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    left = any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+    if left:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return left
+
+
 def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, str] | None = None) -> int:
     """Runs `main` with the words of the command line; a `UserError`, and what the system refuses, becomes one line on stderr and status
-    2, Ctrl-C status 130 and SIGTERM 143, with what is lost by it on one line.
+    2, Ctrl-C status 130 and SIGTERM 143, with what is lost by it on one line; that nobody reads on is status 141, without a word.
 
     `flags`: options whose flag is not `flag(option)`.
     """
@@ -268,8 +281,12 @@ def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, s
     leave_absent_tpus()
     try:
         with interrupts.handled():
-            return main(sys.argv[1:] if argv is None else argv) or 0
+            status = main(sys.argv[1:] if argv is None else argv) or 0
+            sys.stdout.flush()
+            return status
     except (UserError, OSError, MemoryError, RecursionError) as e:
+        if isinstance(e, BrokenPipeError) and _nobody_reads():
+            return UNREAD
         error = e if isinstance(e, UserError) else unforeseen(e)
         print(f"error: {error.told(lambda field: (flags or {}).get(field) or flag(field))}", file=sys.stderr)
         return 2

@@ -1,5 +1,8 @@
 """What commands share: arguments as a dataclass, complaints of one line, flags in place of options' names."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -161,3 +164,14 @@ def test_what_nobody_foresaw_is_one_line(capsys, error, message):
     assert run_cli(fails, []) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith(f"error: {message}") and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["sample", "--help"], ["--version"]])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(words):
+    """As `dynaip sample --help | head -1` does; also where all that is written waits in the buffer until the end."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from dynaip_jax.app.main import main; import sys; sys.exit(main())", *words]
+    with os.fdopen(write) as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (141, "")
