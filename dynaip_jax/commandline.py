@@ -193,11 +193,12 @@ def _tyro_type(cls: type) -> type:
         annotated: Any = Annotated[(hint, *marks)]
         always = required or meta["repeat"] or f.default is False  # tyro gives a value: (), 0 if there is none
         groups.setdefault(meta["group"], {})[f.name] = Required[annotated] if always else annotated
+    # type checkers want a class statement; these are made of fields that are known only when it runs
     made = {
         name or "arguments": Annotated[TypedDict(name, fields, total=False), conf.arg(name=name, help="")]  # type: ignore[operator]
         for name, fields in groups.items()
     }
-    return TypedDict(cls.__name__, made)  # type: ignore[operator]  # made when it runs, as above
+    return TypedDict(cls.__name__, made)  # type: ignore[operator]  # made when it runs, as those above
 
 
 def _without_none(hint: Any) -> Any:

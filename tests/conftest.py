@@ -31,6 +31,7 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(
     2**32
 )  # as commands have it: a folder with and without a limit does not mix
 
+# E402: what is imported from here on reads the variables above, or is to be checked by the hook below
 import jaxtyping  # noqa: E402
 
 import tests.typechecked  # noqa: E402, F401  (named below)

@@ -18,9 +18,9 @@ QUICK = dict(exec_time_optimization_effort=-1.0)
 IN_TURN = dict(xla_disable_hlo_passes="while-loop-invariant-code-motion")
 
 
-def options_for(platform: str) -> dict[str, Any]:
-    """`compiler_options` of jax.jit for a program that goes through stacked blocks on a `platform`, "cpu", "gpu" or "tpu"."""
-    return IN_TURN if platform == "cpu" else {}
+def options_for(where: str) -> dict[str, Any]:
+    """`compiler_options` of jax.jit for a program that goes through stacked blocks `where` it runs, "cpu", "gpu" or "tpu"."""
+    return IN_TURN if where == "cpu" else {}
 
 
 class Quick:
