@@ -11,6 +11,7 @@ import os
 import re
 import select
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -271,6 +272,12 @@ def _nobody_reads() -> bool:
     return left
 
 
+def _ignore_unawaited() -> None:
+    """What Orbax had not begun when a write of it failed, Python would warn of, after the error has been told. For the whole process, which is
+    the command's own."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
 def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, str] | None = None) -> int:
     """Runs `main` with the words of the command line; a `UserError`, and what the system refuses, becomes one line on stderr and status
     2, Ctrl-C status 130 and SIGTERM 143, with what is lost by it on one line; that nobody reads on is status 141, without a word.
@@ -280,6 +287,7 @@ def run_cli(main: Main, argv: Sequence[str] | None = None, flags: Mapping[str, s
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     leave_absent_tpus()
+    _ignore_unawaited()
     try:
         with interrupts.handled():
             status = main(sys.argv[1:] if argv is None else argv) or 0

@@ -1,8 +1,10 @@
 """What commands share: arguments as a dataclass, complaints of one line, flags in place of options' names."""
 
+import gc
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -175,3 +177,20 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(words):
     with os.fdopen(write) as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_was_never_begun_is_not_warned_of():
+    """Orbax gives up writes that it had not begun when another one failed. Other warnings are still printed."""
+
+    async def write():
+        pass
+
+    def main(argv):
+        write()
+        gc.collect()
+        warnings.warn("another", RuntimeWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_cli(main, [])
+    assert [str(warning.message) for warning in caught] == ["another"]
