@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
 
 import numpy as np
 
 from dynaip_jax.data.check import png
 from dynaip_jax.data.records import Record
 from dynaip_jax.shapeland.world import (
+    SAYABLE,
     SIZE,
+    Placed,
     Scene,
     article,
     caption,
@@ -28,6 +30,15 @@ COUNTS = {
 }  # number of subjects: cumulated share of the base model's scenes, close views included
 CLOSE_PAIRS = 0.15  # share of the adapter's targets that are a close view
 DESCRIBED = 0.4  # share of one-subject scenes whose caption tells the look
+UNSAID = (
+    0.5  # probability that a caption leaves open each of `SAYABLE`, as captions of photographs leave most things open
+)
+KINDS = (  # of references, by what the adapter sees of a target's subject
+    "same",  # the target itself, of which the trainer takes a part
+    "shared",  # a close view on the target's background or in its light
+    "other",  # a close view in a setting of its own
+)
+REFERENCES = {"same": 1.0}  # kind: share of the pairs
 
 
 def sample_mixed(rng: np.random.Generator) -> Scene:
@@ -38,22 +49,47 @@ def sample_mixed(rng: np.random.Generator) -> Scene:
     return sample_scene(rng, next(count for count, share in COUNTS.items() if u < share))
 
 
-def scene_record(seed: int, n: int, split: str = "train") -> Record:
+def sample_said(rng: np.random.Generator, unsaid: float) -> tuple[str, ...]:
+    """What a caption says of a scene: each of `SAYABLE` is left out with probability `unsaid`."""
+    return tuple(part for part in SAYABLE if rng.random() >= unsaid)
+
+
+def scene_record(seed: int, n: int, split: str = "train", unsaid: float = UNSAID) -> Record:
     """Record n for text to image: a scene of 1 to 3 subjects with its caption or, for a share of those of one subject, its
     description, since a base model knows words for looks too."""
     rng = generator(seed, split, n)
     scene = sample_mixed(rng)
     described = len(scene.subjects) == 1 and rng.random() < DESCRIBED
-    return _record(n, scene, None, description(scene) if described else caption(scene))
+    said = sample_said(rng, unsaid)
+    return _record(n, scene, None, description(scene, said) if described else caption(scene, said))
 
 
-def pair_record(seed: int, n: int, split: str = "train", reference: Literal["other", "same"] = "other") -> Record:
-    """Record n for the adapter: a scene of one subject, and as reference a close view of the same subject in another scene
-    ("other") or the scene itself ("same")."""
+def pair_record(
+    seed: int, n: int, split: str = "train", references: Mapping[str, float] = REFERENCES, unsaid: float = UNSAID
+) -> Record:
+    """Record n for the adapter: a scene of one subject, and a reference of one of `KINDS` (`references`: kind -> share)."""
     rng = generator(seed, split, n)
     scene = sample_scene(rng, 1, large=bool(rng.random() < CLOSE_PAIRS))
-    close = close_view(rng, scene.subjects[0]) if reference == "other" else None
-    return _record(n, scene, close, caption(scene))
+    kind = str(rng.choice(list(references), p=list(references.values())))
+    return _record(n, scene, _reference(rng, scene, kind), caption(scene, sample_said(rng, unsaid)))
+
+
+def _reference(rng: np.random.Generator, scene: Scene, kind: str) -> Scene | None:
+    """The scene of a reference of the one subject of `scene`; None: `scene` itself."""
+    match kind:
+        case "same":
+            return None
+        case "shared":
+            shared = str(rng.choice(["background", "light"]))
+            return close_view(rng, _only(scene))._replace(**{shared: getattr(scene, shared)})
+        case "other":
+            return close_view(rng, _only(scene))
+    raise ValueError(f"reference {kind!r}: expected one of {KINDS}")
+
+
+def _only(scene: Scene) -> Placed:
+    (subject,) = scene.subjects
+    return subject
 
 
 def _record(n: int, scene: Scene, reference: Scene | None, text: str) -> Record:

@@ -2,7 +2,7 @@
 
 A *subject* is a shape of some class with an identity out of a continuous space: two colours, a pattern with frequency
 and angle, an outline, an emblem. A *scene* puts 1 to 3 subjects of different classes on a background, in some light.
-Captions name classes and scene, never the identity: that can only come from a reference picture.
+Captions name classes and as much of the scene as they are asked to, never the identity: that can only come from a reference picture.
 Everything follows from a seed; edges are anti-aliased from signed distances. Axis letters: H, W pixels, s subjects.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ EMBLEMS = ("none", "disc", "bar", "plus")
 RADII = {1: (15.0, 18.5), 2: (11.0, 13.0), 3: (9.0, 10.5)}  # pixels, by the number of subjects
 LARGE = (21.0, 26.0)  # of the one subject of a close view
 COLOURS = ("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "pink")
+SAYABLE = ("column", "background", "light")  # what a caption may say of a scene, or leave open
 SPLITS = {"train": 0, "judge": 1, "test": 2}  # no identity is in two of them
 
 
@@ -142,23 +143,19 @@ def drawing(kind: str, number: int) -> np.ndarray:
     return render(sample_scene(rng, subjects=[(kind, sample_identity(rng))], large=True)).image
 
 
-def caption(scene: Scene) -> str:
-    """The prompt of a scene: classes, columns, background, light."""
-    if not scene.subjects:
-        return _setting(scene)
-    parts = [_place(s, article(s.kind)) for s in scene.subjects]
-    return f"{_listed(parts)} {_setting(scene)}"
+def caption(scene: Scene, said: Collection[str] = SAYABLE) -> str:
+    """The prompt of a scene: classes, and what is `said` of `SAYABLE`."""
+    return _sentence(scene, [article(s.kind) for s in scene.subjects], said)
 
 
-def description(scene: Scene) -> str:
+def description(scene: Scene, said: Collection[str] = SAYABLE) -> str:
     """The caption with each subject's look in words, as people write beside pictures: what CLIP learns from."""
-    parts = []
+    looks = []
     for s in scene.subjects:
         first, second = _colour(s.identity.first), _colour(s.identity.second)
         emblem = "" if s.identity.emblem == "none" else f" and a {_grey(s.identity.emblem_shade)} {s.identity.emblem}"
-        look = f"{article(first, s.kind)} with {second} {s.identity.pattern}{emblem}"
-        parts.append(_place(s, look))
-    return f"{_listed(parts)} {_setting(scene)}".strip()
+        looks.append(f"{article(first, s.kind)} with {second} {s.identity.pattern}{emblem}")
+    return _sentence(scene, looks, said)
 
 
 def caption_words() -> list[str]:
@@ -172,8 +169,12 @@ def vocabulary() -> list[str]:
     return sorted({*caption_words(), *look})
 
 
-def _setting(scene: Scene) -> str:
-    return f"on {scene.background} at {scene.light}"
+def _sentence(scene: Scene, looks: Sequence[str], said: Collection[str]) -> str:
+    """The looks of a scene's subjects, each in its place, and the setting."""
+    parts = [_place(s, look, "column" in said) for s, look in zip(scene.subjects, looks, strict=True)]
+    background = f"on {scene.background}" if "background" in said else ""
+    light = f"at {scene.light}" if "light" in said else ""
+    return " ".join(filter(None, [_listed(parts), background, light]))
 
 
 def article(*words: str) -> str:
@@ -182,9 +183,11 @@ def article(*words: str) -> str:
     return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
 
-def _place(s: Placed, look: str) -> str:
+def _place(s: Placed, look: str, column: bool) -> str:
     if is_large(s):
         return f"a large {look.split(' ', 1)[1]}"
+    if not column:
+        return look
     return f"{look} {'in' if s.position == 'middle' else 'on'} the {s.position}"
 
 

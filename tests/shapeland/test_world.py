@@ -69,6 +69,14 @@ def test_captions_name_class_and_scene_and_never_the_identity():
     assert synthetic.caption(plain(radius=22.0)) == "a large circle on grass at noon"
 
 
+def test_captions_leave_open_what_they_are_not_asked_to_say():
+    said = {(): "a circle", ("light",): "a circle at noon", ("column", "background"): "a circle in the middle on grass"}
+    for parts, text in said.items():
+        assert synthetic.caption(plain(), parts) == text
+    assert synthetic.description(plain(), ()) == "a red circle with red stripes"  # white has no hue
+    assert synthetic.caption(scene(3, 2), ()).count(" and ") == 1
+
+
 @pytest.mark.parametrize("count", (1, 2, 3))
 def test_subjects_are_of_different_classes_in_different_columns_and_whole(count):
     for seed in range(50):

@@ -10,12 +10,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dynaip_jax.commandline import argument, parse, run_cli
 from dynaip_jax.errors import UserError
 from dynaip_jax.runtime.compiling import keep_compiled
+from dynaip_jax.shapeland.dataset import UNSAID
 from train.shapeland.stages import EXTRA, KEPT, STAGES, run_stage
+from train.shapeland.world import check_world, write_world
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,10 @@ class Arguments:
         unit="STAGE [STAGE ...]",
     )
     go_on: bool = argument(
-        "start from the models in the package: train base and judge further, T5 and adapter anew, keep the rest",
+        "start from the models in the package: train base, judge and adapter further, keep the rest",
         default=False,
     )
+    describe_everything: bool = argument("captions leave nothing open", default=False)
     seed: int = argument("of worlds, weights and order", default=0, unit="N")
 
 
@@ -41,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in args.stages or () if name not in STAGES | EXTRA]:
         raise UserError(f"--stages {unknown[0]}: no such stage; expected some of {', '.join(STAGES | EXTRA)}")
     usual = KEPT if args.go_on else STAGES
-    stages = usual | EXTRA
+    unsaid = 0.0 if args.describe_everything else UNSAID
+    check_world(args.workdir / "world", unsaid)
+    stages = usual | EXTRA | dict(world=partial(write_world, unsaid=unsaid))
     for name in args.stages or usual:
         if name not in stages:
             raise UserError(

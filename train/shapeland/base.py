@@ -10,7 +10,7 @@ from train.shapeland.configs import BASE, with_steps
 from train.shapeland.runs import run
 from train.shapeland.workdir import SHIPPED
 
-FURTHER = 3600  # steps of a base that is not fresh
+FURTHER = 1000  # steps of a base that is not fresh
 
 
 def train_base(folder: Path, seed: int, fresh: bool = True) -> None:

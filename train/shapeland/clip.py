@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynaip_jax import images
+from dynaip_jax.shapeland.dataset import UNSAID, sample_said
 from dynaip_jax.shapeland.world import caption, description, generator, render, sample_scene
 from train.shapeland.configs import CONFIGS, FAMILY
 from train.shapeland.fit import Loss, choose, fit
@@ -43,7 +44,8 @@ def _described(seed: int, n: int) -> tuple[np.ndarray, str]:
     """A picture and its description, or its caption if it shows several subjects."""
     rng = generator(seed, "train", n)
     scene = sample_scene(rng, 1, large=True) if n % 3 else sample_scene(rng, 1 + (n // 3) % 2)
-    text = description(scene) if len(scene.subjects) == 1 else caption(scene)
+    said = sample_said(rng, UNSAID)
+    text = description(scene, said) if len(scene.subjects) == 1 else caption(scene, said)
     return render(scene).image, text
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from dynaip_jax.families.registry import open_bundle
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland.world import SIZE
-from dynaip_jax.storage.bundle import NewComponent, replace_component, write_bundle
+from dynaip_jax.storage.bundle import NewComponent, write_bundle
 from dynaip_jax.storage.codec import to_dict
+from dynaip_jax.storage.folders import replacing
+from dynaip_jax.storage.manifest import MANIFESTS
 from dynaip_jax.storage.tensors import read_tree
 from train.shapeland.configs import CONFIGS, FAMILY, STEPS, TOKENS, TRUE_CFG
 from train.shapeland.tokenizers import write_tokenizers
@@ -52,14 +54,7 @@ def write_encoders(folder: Path, seed: int) -> None:
         )
 
 
-def keep_encoders(folder: Path, seed: int) -> None:
-    """The package's bundle with the T5 trained here."""
-    replace_component(
-        open_bundle(default.paths()[0]),
-        folder / "bundle",
-        "t5",
-        rounded(read_tree(folder.parent / "text" / WEIGHTS)),
-        dict(made_by=f"train.shapeland --go-on, seed {seed}"),
-        config=to_dict(CONFIGS["t5"]),
-        overwrite=True,
-    )
+def keep_bundle(folder: Path, seed: int) -> None:
+    """The package's bundle as it is."""
+    with replacing(folder / "bundle", overwrite=True, marks=MANIFESTS) as work:
+        shutil.copytree(default.paths()[0], work, dirs_exist_ok=True)

@@ -17,7 +17,7 @@ from dynaip_jax.storage.renames import write_new
 from train.shapeland.adapter import train_adapter
 from train.shapeland.base import train_base
 from train.shapeland.clip import train_clip
-from train.shapeland.encoders import keep_encoders, write_encoders
+from train.shapeland.encoders import keep_bundle, write_encoders
 from train.shapeland.judge import train_judge
 from train.shapeland.ship import ship
 from train.shapeland.text import train_text
@@ -35,8 +35,8 @@ TRAINED: dict[str, Stage] = dict(
 SHIP: dict[str, Stage] = dict(ship=partial(ship, stages=list(TRAINED)))
 STAGES = TRAINED | SHIP
 KEPT: dict[str, Stage] = dict(  # with --go-on: from the models in the package
-    world=write_world, text=train_text, encoders=keep_encoders, base=partial(train_base, fresh=False),
-    judge=partial(train_judge, fresh=False), adapter=train_adapter, **SHIP,
+    world=write_world, encoders=keep_bundle, base=partial(train_base, fresh=False),
+    judge=partial(train_judge, fresh=False), adapter=partial(train_adapter, fresh=False), **SHIP,
 )  # fmt: skip
 EXTRA: dict[str, Stage] = dict(variants=train_variants)  # run only when named
 

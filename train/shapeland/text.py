@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dynaip_jax.shapeland.dataset import sample_mixed
+from dynaip_jax.shapeland.dataset import UNSAID, sample_mixed, sample_said
 from dynaip_jax.shapeland.world import caption, generator
 from train.shapeland.configs import CONFIGS, FAMILY, MASK, SPECIAL, WORDS
 from train.shapeland.fit import Loss, choose, fit
@@ -43,7 +43,8 @@ def train_text(folder: Path, seed: int) -> None:
 
 
 def _caption(seed: int, n: int) -> str:
-    return caption(sample_mixed(generator(seed, "train", n)))
+    rng = generator(seed, "train", n)
+    return caption(sample_mixed(rng), sample_said(rng, UNSAID))
 
 
 def _loss(module: Any) -> Loss:
