@@ -62,7 +62,7 @@ def main() -> int:
     rows, full = {}, np.stack(pictures["in full"]).astype(float)
     for name in ROWS:
         drawn = np.stack(pictures[name])
-        cp, pf = scores(judge, drawn, cases, calibration)
+        cp, pf, _ = scores(judge, drawn, cases, calibration)
         rows[name] = dict(
             cp=cp.mean(), pf=pf.mean(), cp_pf=(cp * pf).mean(), difference=np.abs(drawn - full).mean(),
             cached=cached[name], time=seconds[name] / seconds["in full"],

@@ -6,16 +6,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dynaip_jax.app import evaluate_set
 from dynaip_jax.commandline import Command, argument, choose, parse
 from dynaip_jax.errors import UserError
 from dynaip_jax.tasks import task
 
+if TYPE_CHECKING:
+    from dynaip_jax.eval.tables import Difference, Row
+    from dynaip_jax.shapeland.scoring import Calibration
+
 EXAMPLES = """
 examples:
-  dynaip evaluate shapeland --rows default dds-off text-only --subjects 1
+  dynaip evaluate shapeland --rows default text-only --against dds-off --subjects 1
       what Dynamic Decoupling changes, and what the base does without references
   dynaip evaluate shapeland --adapter adapters/mine --num 64 --json > mine.json
       all rows of an adapter of your own, on a quarter of the cases
@@ -45,6 +49,11 @@ class Arguments:
     subjects: tuple[Literal[1, 2, 3], ...] = argument("how many a picture has", default=(1, 2, 3), unit="S [S ...]")
     num: int = argument("cases a row", default=256, unit="N")
     seed: int = argument("of cases and noise", default=0, unit="N")
+    against: tuple[str, ...] | None = argument(
+        "also how much each row differs from this one, case by case, with 95 % intervals",
+        default=None,
+        unit="ROW [ROW ...]",
+    )
     json: bool = argument("print JSON instead of a table", default=False)
 
 
@@ -77,26 +86,50 @@ def shapeland(argv: Sequence[str]) -> int:
     if names is not None:
         stored = [row for row in stored if row["name"] in names]
         names = tuple(name for name in names if name not in {row["name"] for row in stored})
+    against = args.against or ()
+    if names is not None:
+        names = tuple(dict.fromkeys((*names, *against)))
     opened = open_model(model, adapter)
     subjects: list[int] = sorted(set(args.subjects))
-    measure.check(opened.model, names, subjects)
+    checked = measure.check(opened.model, names, subjects)
+    if missing := set(against) - set(checked):
+        raise UserError(f"`against` {min(missing)}: no such row; expected some of {', '.join(checked)}")
     judge = read_judge(args.judge or default.JUDGE)
     with task(f"loading {model}"):
         pipe = DynaIPPipeline.read(opened)
     with task("calibrating the judge"):
         calibrations = {s: scoring.calibrate(judge, s) for s in subjects}
-    rows = measure.evaluate(pipe, judge, names, subjects, args.seed, args.num, progress=True, calibrations=calibrations)
-    rows += [row for row in stored if row["subjects"] in subjects]
+    measured = measure.evaluate(
+        pipe, judge, names, subjects, args.seed, args.num, progress=True, calibrations=calibrations
+    )
+    rows = [m.row for m in measured] + [row for row in stored if row["subjects"] in subjects]
+    differences = [difference for row in against for difference in measure.differences(measured, row)]
     for doubt in scoring.doubts(calibrations):
         print(f"warning: {doubt}", file=sys.stderr)
     if args.json:
         import json
 
-        judged = {s: calibration._asdict() for s, calibration in calibrations.items()}
-        print(json.dumps(dict(rows=rows, seed=args.seed, num=args.num, model=str(model), judge=judged), indent=1))
+        found: dict[str, Any] = dict(rows=rows, seed=args.seed, num=args.num, model=str(model))
+        found |= dict(judge={s: calibration._asdict() for s, calibration in calibrations.items()})
+        print(json.dumps(found | (dict(against=differences) if differences else {}), indent=1))
         return 0
-    print(f"The judge on true renders:\n\n{scoring.judge_table(calibrations)}\n\n{measure.table(rows)}")
+    print(_report(rows, differences, calibrations))
     return 0
+
+
+def _report(rows: list[Row], differences: list[Difference], calibrations: dict[int, Calibration]) -> str:
+    """All tables as text."""
+    from dynaip_jax.eval import tables
+    from dynaip_jax.shapeland import measure, scoring
+
+    parts = {
+        "The judge on true renders:": scoring.judge_table(calibrations),
+        "CP and PF:": measure.table(rows),
+        "Parts of CP and PF, and leaks:": tables.parts_table(rows),
+    }
+    if differences:
+        parts["Differences, case by case:"] = tables.differences_table(differences)
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in parts.items())
 
 
 FLAGS = dict(bundle="--model")

@@ -27,3 +27,12 @@ def bootstrap_intervals(values: np.ndarray) -> np.ndarray:
         rng=np.random.default_rng(0),
     )
     return np.stack(result.confidence_interval, axis=-1)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `[n]` and its interval, of those that are not NaN; three NaN if all are."""
+    there = values[~np.isnan(values)]
+    if not len(there):
+        return (np.nan,) * 3
+    low, high = bootstrap_intervals(there[None].astype(float))[0]
+    return float(there.mean()), float(low), float(high)

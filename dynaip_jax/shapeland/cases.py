@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dynaip_jax.shapeland import world
-from dynaip_jax.shapeland.world import BACKGROUNDS, CLASSES, POSITIONS, Scene
+from dynaip_jax.shapeland.world import BACKGROUNDS, CLASSES, EMBLEMS, LIGHTS, PATTERNS, POSITIONS, Scene
 
 BATCH = 64  # cases sampled or judged at once
 
@@ -20,34 +20,40 @@ class Cases(NamedTuple):
     """Cases 0 to n - 1 of one number of subjects. Pictures are uint8."""
 
     scenes: list[Scene]  # of the prompts
-    references: np.ndarray  # [n, s, H, W, 3], close views
+    shown: list[tuple[Scene, ...]]  # of the references, close views
+    references: np.ndarray  # [n, s, H, W, 3]
     reposed: np.ndarray  # [n, H, W, 3], the same subjects in the same columns, all else drawn again
     renders: np.ndarray  # [n, H, W, 3], ground-truth renders of the prompts in yet another pose
     masks: np.ndarray  # float32 [n, s, H, W], where the subjects are in the prompts' scenes
 
 
 class Truth(NamedTuple):
-    """What scenes show."""
+    """What scenes show; -1 for a class that is not in the scene."""
 
-    position: np.ndarray  # [n, k], index of the class's column, -1 for a class that is not in the scene
+    position: np.ndarray  # [n, k], index of the class's column
     background: np.ndarray  # [n], index
+    light: np.ndarray  # [n], index
     number: np.ndarray  # [n], of subjects
+    colours: np.ndarray  # float32 [n, k, 2, 3], in [0, 1]
+    pattern: np.ndarray  # [n, k], index
+    emblem: np.ndarray  # [n, k], index
 
 
 def make_cases(subjects: int, seed: int, num: int) -> Cases:
     """The cases of a seed. Each is a function of (seed, its number, the number of subjects) alone."""
-    scenes, references, reposed, renders, masks = [], [], [], [], []
+    scenes, shown, reposed, renders, masks = [], [], [], [], []
     for n in range(num):
         rng = world.generator(seed, "test", n)
         scene = world.sample_scene(rng, subjects)
-        views = [world.render(world.close_view(rng, s)).image for s in scene.subjects]
+        views = tuple(world.close_view(rng, s) for s in scene.subjects)
         drawn = repose(rng, scene)._replace(background=scene.background, light=scene.light)
         scenes.append(scene)
-        references.append(np.stack(views))
+        shown.append(views)
         renders.append(world.render(drawn).image)
         reposed.append(world.render(repose(rng, scene)).image)
         masks.append(world.render(scene).masks)
-    return Cases(scenes, *(np.stack(x) for x in (references, reposed, renders, masks)))
+    references = [np.stack([world.render(view).image for view in views]) for views in shown]
+    return Cases(scenes, shown, *(np.stack(x) for x in (references, reposed, renders, masks)))
 
 
 def repose(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -61,12 +67,18 @@ def repose(rng: np.random.Generator, scene: Scene) -> Scene:
 
 def truth(scenes: Sequence[Scene]) -> Truth:
     """What the judge should find in scenes."""
-    position = np.full((len(scenes), len(CLASSES)), -1)
+    position, pattern, emblem = (np.full((len(scenes), len(CLASSES)), -1) for _ in range(3))
+    colours = np.full((len(scenes), len(CLASSES), 2, 3), -1, np.float32)
     for n, scene in enumerate(scenes):
         for s in scene.subjects:
-            position[n, CLASSES.index(s.kind)] = list(POSITIONS).index(s.position)
+            k, i = CLASSES.index(s.kind), s.identity
+            position[n, k] = list(POSITIONS).index(s.position)
+            pattern[n, k], emblem[n, k] = PATTERNS.index(i.pattern), EMBLEMS.index(i.emblem)
+            colours[n, k] = i.first, i.second
     background = np.array([BACKGROUNDS.index(scene.background) for scene in scenes])
-    return Truth(position, background, np.array([len(scene.subjects) for scene in scenes]))
+    light = np.array([list(LIGHTS).index(scene.light) for scene in scenes])
+    number = np.array([len(scene.subjects) for scene in scenes])
+    return Truth(position, background, light, number, colours, pattern, emblem)
 
 
 def batches(count: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -8,21 +8,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynaip_jax.errors import UserError
 from dynaip_jax.eval import tables
-from dynaip_jax.eval.tables import Row, make_row
+from dynaip_jax.eval.tables import Difference, Row, make_row
 from dynaip_jax.interrupts import at_stake
 from dynaip_jax.sampling.opening import Described
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland.cases import batches, make_cases
 from dynaip_jax.shapeland.draw import draw
-from dynaip_jax.shapeland.scoring import Calibration, calibrate, scores
+from dynaip_jax.shapeland.scoring import Calibration, Scores, calibrate, scores
 from dynaip_jax.shapeland.settings import ROWS, SUBJECTS, Setting
 from dynaip_jax.shapeland.world import SIZE
 from dynaip_jax.tasks import task
+
+
+class Measured(NamedTuple):
+    """The scores of one row with one number of subjects."""
+
+    name: str
+    subjects: int
+    scores: Scores
+
+    @property
+    def row(self) -> Row:
+        """Means and intervals."""
+        return make_row(self.name, self.subjects, *self.scores)
 
 
 def evaluate(
@@ -34,7 +47,7 @@ def evaluate(
     num: int = 256,
     progress: bool = False,
     calibrations: Mapping[int, Calibration] | None = None,
-) -> list[Row]:
+) -> list[Measured]:
     """Measures `rows` (names in `ROWS`; None: all that the pipeline can do) with each number of `subjects` they apply to, on
     `num` cases each.
 
@@ -44,7 +57,7 @@ def evaluate(
     names = check(pipe.model, rows, subjects)
     jobs = [(s, [name for name in names if s in ROWS[name].subjects]) for s in dict.fromkeys(subjects)]
     sampled = sum(ROWS[name].sampled for _, names in jobs for name in names)
-    measured: list[Row] = []
+    measured: list[Measured] = []
 
     def lost() -> str:
         total = sum(len(names) for _, names in jobs)
@@ -58,8 +71,31 @@ def evaluate(
             cases = make_cases(s, seed, num)
             for name in names:
                 pictures = draw(pipe, cases, ROWS[name], seed, done)
-                measured.append(make_row(name, s, *scores(judge_params, pictures, cases, calibration)))
+                measured.append(Measured(name, s, scores(judge_params, pictures, cases, calibration)))
     return measured
+
+
+def differences(measured: Sequence[Measured], against: str) -> list[Difference]:
+    """How much each of `measured` is above the row `against` with as many subjects, case by case."""
+    bases = {m.subjects: m.scores for m in measured if m.name == against}
+    return [difference(m, against, bases[m.subjects]) for m in measured if m.name != against and m.subjects in bases]
+
+
+def difference(one: Measured, against: str, other: Scores) -> Difference:
+    """How much `one` is above the scores `other` of the row `against` on the same cases."""
+    mine = one.scores
+    apart = dict(cp=mine.cp - other.cp, pf=mine.pf - other.pf, cp_pf=mine.cp * mine.pf - other.cp * other.pf)
+    found = tables.parts_of(apart)
+    return Difference(
+        name=one.name,
+        against=against,
+        subjects=one.subjects,
+        n=len(mine.cp),
+        cp=found["cp"],
+        pf=found["pf"],
+        cp_pf=found["cp_pf"],
+        parts=tables.parts_of({name: value - other.parts[name] for name, value in mine.parts.items()}),
+    )
 
 
 def check(model: Described, rows: Sequence[str] | None, subjects: Sequence[int]) -> list[str]:

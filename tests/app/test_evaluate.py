@@ -9,7 +9,7 @@ from dynaip_jax.shapeland import default, scoring
 from dynaip_jax.storage.bundle import Bundle
 from tests.shapeland.models import make_judge, make_model
 
-KEYS = {"name", "subjects", "n", "cp", "pf", "cp_pf", "cp_ci", "pf_ci", "cp_pf_ci"}
+KEYS = {"name", "subjects", "n", "cp", "pf", "cp_pf", "cp_ci", "pf_ci", "cp_pf_ci", "parts"}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,19 @@ def test_json_and_anchors(dynaip, few, model, judge_file):
     names = ["default", "text-only", "reference-pasted", "true-render"]
     status, stdout, stderr = dynaip(
         "evaluate", "shapeland", "--model", model[0], "--adapter", model[1], "--judge", judge_file, "--json", "--num", 16,
-        "--subjects", 1, "--rows", *names,
+        "--subjects", 1, "--rows", *names[:-1], "--against", names[-1],
     )  # fmt: skip
     assert status == 0, stderr
-    rows = {row["name"]: row for row in json.loads(stdout)["rows"]}
+    found = json.loads(stdout)
+    rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == names
+    for difference, name in zip(found["against"], names[:-1], strict=True):
+        assert (difference["name"], difference["against"], difference["n"]) == (name, names[-1], 16)
+        mean, low, high = difference["cp"]
+        assert low <= mean <= high and mean == pytest.approx(rows[name]["cp"] - rows[names[-1]]["cp"], abs=2e-4)
     for row in rows.values():
+        assert {"CP colours", "PF light", "leak background"} <= set(row["parts"])
+        assert all(low <= mean <= high for mean, low, high in row["parts"].values())
         assert set(row) == KEYS and row["subjects"] == 1 and row["n"] == 16
         for value, interval in (("cp", "cp_ci"), ("pf", "pf_ci"), ("cp_pf", "cp_pf_ci")):
             assert row[interval][0] <= row[value] <= row[interval][1]
@@ -57,7 +64,7 @@ def test_table_and_stored_rows(dynaip, few, model, judge_file, tmp_path, monkeyp
     command = ("evaluate", "shapeland", "--judge", judge_file, "--num", 4, "--subjects", 2, "--rows")
     status, stdout, _ = dynaip(*command, "true-render", "token router")
     assert status == 0
-    *_, header, truth, variant = stdout.splitlines()
+    header, truth, variant, *_ = stdout[stdout.index("row ") :].splitlines()
     assert re.match(r"true-render   2         4      -?\d\.\d{3} +\[", truth), truth
     assert " ".join(variant.split()) == (
         "token router 2 256 0.500 [0.400, 0.600] 0.750 [0.700, 0.800] 0.400 [0.300, 0.500] one weight a token"
@@ -75,6 +82,14 @@ CASES = {
     "row of several": (
         "--model {bundle} --adapter {adapter} --judge {judge} --rows concat --subjects 1",
         "--rows concat: is about 2 or 3 subjects, --subjects 1",
+    ),
+    "against nothing": (
+        "--model {bundle} --adapter {adapter} --judge {judge} --rows default --against nothing",
+        "--rows nothing: no such row.*default, text-only",
+    ),
+    "against what cannot be": (
+        "--model {bundle} --judge {judge} --against default",
+        "--against default: no such row; expected some of text-only, reference-pasted, true-render",
     ),
     "four subjects": ("--subjects 4", "--subjects.*invalid choice: 4"),
     "no cases": ("--num 0", "--num 0: expected at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland.cases import truth
-from dynaip_jax.shapeland.judge import Judge, init_judge
-from dynaip_jax.shapeland.world import CLASSES, Scene, generator, render, sample_identity, sample_scene
+from dynaip_jax.shapeland.judge import FINE, Judge, colour_errors, init_judge
+from dynaip_jax.shapeland.world import CLASSES, SIZE, Scene, generator, render, sample_identity, sample_scene
+from dynaip_jax.storage.manifest import flatten
 from dynaip_jax.storage.tensors import read_tree
 from train.shapeland.fit import choose, fit
 from train.shapeland.losses import contrastive, cross_entropy, unit
@@ -22,14 +25,19 @@ from train.shapeland.workdir import save_weights
 
 POOL = 8000  # identities
 STEPS = 1600
-FURTHER = 500  # steps of a judge that is not fresh
+FURTHER = 800  # steps of a judge that is not fresh
 RATE = 2e-3
 BATCH = 64  # identities, each with two views
 EMPTY = BATCH // 2  # empty scenes in a batch
 NUMBERS = (0.3, 0.25, 0.25, 0.2)  # shares of close views and of scenes with 1, 2 and 3 subjects
 NOISE = 0.03
 IDENTITY_SCALE = 10.0  # of cosines in the contrastive loss
-PRESENCE = 8  # weight of the loss on which classes are there
+PRESENCE, LOOK, COLOUR, PART = (
+    8,
+    2,
+    20,
+    2,
+)  # weights of losses: which classes are there, where parts are read, colours, pattern and emblem
 
 
 def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
@@ -49,7 +57,9 @@ def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
         pick = lambda x: np.concatenate([x[r, view] for r, view in parts])
         return pick(pictures), jax.tree.map(pick, labels)
 
-    params = init_judge(jax.random.key(seed)) if fresh else read_tree(default.JUDGE)
+    params = init_judge(jax.random.key(seed))
+    if not fresh:
+        params = started_from(params, read_tree(default.JUDGE))
     params = fit(folder / "run", params, _loss, batch_of, STEPS if fresh else FURTHER, RATE, seed)
     save_weights(folder, params)
 
@@ -64,14 +74,37 @@ def _views(seed: int, n: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
         others = [str(k) for k in rng.permutation([k for k in CLASSES if k != kind])[: max(count - 1, 0)]]
         subjects = [(kind, identity), *((k, sample_identity(rng)) for k in others)]
         scene = sample_scene(rng, subjects=subjects, large=not count)
-        views.append((render(scene).image, _labels(scene, CLASSES.index(kind))))
-    empty = sample_scene(rng, 0)
-    return [*views, (render(empty).image, _labels(empty, -1))]
+        views.append(_labelled(scene, CLASSES.index(kind)))
+    return [*views, _labelled(sample_scene(rng, 0), -1)]
 
 
-def _labels(scene: Scene, subject: int) -> dict[str, Any]:
-    labels = {name: x[0].astype(np.int32) for name, x in truth([scene])._asdict().items()}
-    return labels | dict(subject=np.int32(subject))
+def _labelled(scene: Scene, subject: int) -> tuple[np.ndarray, dict[str, Any]]:
+    picture = render(scene)
+    return picture.image, _labels(scene, picture.masks, subject)
+
+
+def started_from(params: Any, stored: Any) -> Any:
+    """`params` with what is `stored` of the same name and shape."""
+    found = flatten(stored)
+    fits = lambda k, x: k in found and found[k].shape == x.shape
+    return unflatten_dict({k: found[k] if fits(k, x) else x for k, x in flatten(params).items()}, sep=".")
+
+
+def _labels(scene: Scene, masks: np.ndarray, subject: int) -> dict[str, Any]:
+    labels = {name: x[0] for name, x in truth([scene])._asdict().items()}
+    kinds = [CLASSES.index(s.kind) for s in scene.subjects]
+    return labels | dict(subject=np.int32(subject), owner=owners(masks, kinds))
+
+
+def owners(masks: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
+    """The class that has more than half of each cell of the fine grid, -1 if there is none: int8 `[f]`. `masks` `[s, H, W]`, `kinds`: their
+    classes."""
+    side = SIZE // FINE
+    share = masks.reshape(len(masks), FINE, side, FINE, side).mean((2, 4)).reshape(len(masks), FINE**2)
+    owner = np.full(FINE**2, -1, np.int8)
+    for kind, cells in zip(kinds, share, strict=True):
+        owner[cells > 0.5] = kind
+    return owner
 
 
 def _loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -80,22 +113,45 @@ def _loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str,
     v: Any = Judge().apply({"params": params}, _disturbed(unit(pictures), key))  # a Verdict
     drawn = label["position"] >= 0
     present = jnp.logaddexp(0, jnp.where(drawn, -v.present, v.present)).mean()
-    place = cross_entropy(v.position, jnp.maximum(label["position"], 0))
-    place = (place * drawn).sum() / drawn.sum()
-    ground = cross_entropy(v.background, label["background"]).mean()
-    number = cross_entropy(v.number, label["number"]).mean()
+
+    def of_drawn(each: jax.Array) -> jax.Array:
+        return (each * drawn).sum() / drawn.sum()
+
+    def named(logits: jax.Array, name: str) -> jax.Array:
+        return of_drawn(cross_entropy(logits, jnp.maximum(label[name], 0)))
+
+    def right(logits: jax.Array, name: str) -> jax.Array:
+        return of_drawn(logits.argmax(-1) == label[name])
+
+    scene = sum(cross_entropy(getattr(v, name), label[name]).mean() for name in ("background", "light", "number"))
+    off = colour_errors(v.colours, label["colours"])
+    parts = PART * (named(v.pattern, "pattern") + named(v.emblem, "emblem")) + COLOUR * of_drawn(off)
     n = len(pictures) * 2 // 5
     kinds = label["subject"][:n]
     first, second = (v.identity[jnp.arange(n) + start, kinds] for start in (0, n))
     logits = jnp.where(kinds[:, None] == kinds[None], first @ second.T * IDENTITY_SCALE, -1e9)
     figures = dict(
         present=((v.present > 0) == drawn).all(-1).mean(),
-        place=((v.position.argmax(-1) == label["position"]) & drawn).sum() / drawn.sum(),
+        place=right(v.position, "position"),
         ground=(v.background.argmax(-1) == label["background"]).mean(),
+        light=(v.light.argmax(-1) == label["light"]).mean(),
         number=(v.number.argmax(-1) == label["number"]).mean(),
         same=(logits.argmax(-1) == jnp.arange(n)).mean(),
+        colour=of_drawn(off),
+        pattern=right(v.pattern, "pattern"),
+        emblem=right(v.emblem, "emblem"),
     )
-    return PRESENCE * present + place + ground + number + contrastive(logits), figures
+    cost = PRESENCE * present + named(v.position, "position") + scene + contrastive(logits)
+    return cost + parts + LOOK * _astray(v.look, label["owner"]), figures
+
+
+def _astray(look: jax.Array, owner: jax.Array) -> jax.Array:
+    """How little attention, by its logits `[b, f, k]`, lies evenly on a class's own cells: its cross-entropy, mean of the classes drawn.
+    `owner` `[b, f]`: classes of cells."""
+    own = jax.nn.one_hot(owner, look.shape[-1])
+    count = own.sum(axis=1)
+    missed = -(own * jax.nn.log_softmax(look, axis=1)).sum(axis=1) / jnp.maximum(count, 1)
+    return missed.sum() / jnp.maximum((count > 0).sum(), 1)
 
 
 def _disturbed(x: jax.Array, key: jax.Array) -> jax.Array:
