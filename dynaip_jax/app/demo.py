@@ -15,8 +15,8 @@ from dynaip_jax.tasks import task
 
 @dataclass(frozen=True)
 class Arguments:
-    """Draws a figure with the embedded model of Shapeland (references, text only, DDS off and on, granularity, two subjects) and
-    prints a short table of measurements; with a picture of your own only the figure."""
+    """Draws a figure with the embedded model of Shapeland (ten references that nobody chose, each in two scenes, with DDS off and on; two and
+    three subjects) and prints a short table of measurements; with a picture of your own only a figure (text only, DDS off and on, granularity)."""
 
     reference: Path | None = argument("a drawing of your own, seen close (needs --prompt)", default=None, unit="IMG")
     prompt: str | None = argument(
@@ -45,5 +45,5 @@ def main(argv: Sequence[str]) -> int:
         print(f"warning: {args.output}: cannot be written ({kept.reason}); saved as {kept.path}", file=sys.stderr)
     print(kept.path, flush=True)
     if args.reference is None:
-        print(f"\n{figure.measures()}")
+        print(f"{figure.LOOK_AT}\n\n{figure.measures()}")
     return 0 if kept.reason is None else 1
