@@ -24,7 +24,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def rows(pipe):
     measured = evaluate(pipe, read_tree(default.JUDGE), ["default", "text-only"], [1], num=CASES)
-    return {row["name"]: row for row in measured}
+    return {each.name: each.row for each in measured}
 
 
 def published():
