@@ -32,12 +32,8 @@ EMPTY = BATCH // 2  # empty scenes in a batch
 NUMBERS = (0.3, 0.25, 0.25, 0.2)  # shares of close views and of scenes with 1, 2 and 3 subjects
 NOISE = 0.03
 IDENTITY_SCALE = 10.0  # of cosines in the contrastive loss
-PRESENCE, LOOK, COLOUR, PART = (
-    8,
-    2,
-    20,
-    2,
-)  # weights of losses: which classes are there, where parts are read, colours, pattern and emblem
+# Weights of losses: which classes are there, where parts are read, colours, and pattern and emblem each.
+PRESENCE, LOOK, COLOUR, PART = 8, 2, 20, 2
 
 
 def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
