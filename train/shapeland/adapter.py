@@ -16,7 +16,7 @@ from train.shapeland.configs import ADAPTER, with_steps
 from train.shapeland.runs import run
 from train.shapeland.workdir import SHIPPED
 
-FURTHER = 2200  # steps of an adapter that is not fresh
+MORE = 2200  # steps of an adapter that is not fresh
 
 
 def train_adapter(folder: Path, seed: int, fresh: bool = True) -> None:
@@ -28,7 +28,7 @@ def train_adapter(folder: Path, seed: int, fresh: bool = True) -> None:
     bundle = root / "base" / "bundle"
     if not fresh:
         for_base(folder / "first", bundle)
-        config = with_steps(dataclasses.replace(ADAPTER, init_adapter=str(folder / "first")), FURTHER)
+        config = with_steps(dataclasses.replace(ADAPTER, init_adapter=str(folder / "first")), MORE)
     done = run(config, folder, seed, bundle, root / "world" / "pairs")
     export(done, folder / "adapter", None, dtype=SHIPPED, overwrite=True)
 

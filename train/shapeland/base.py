@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from train.export import export
-from train.shapeland.configs import BASE, with_steps
+from train.shapeland.configs import BASE, FURTHER, with_steps
 from train.shapeland.runs import run
 from train.shapeland.workdir import SHIPPED
 
-FURTHER = 1000  # steps of a base that is not fresh
+MORE = 3000  # steps of a base that is not fresh
 
 
 def train_base(folder: Path, seed: int, fresh: bool = True) -> None:
@@ -18,7 +17,7 @@ def train_base(folder: Path, seed: int, fresh: bool = True) -> None:
 
     `fresh`: from random weights; otherwise that transformer is trained further.
     """
-    config = BASE if fresh else with_steps(dataclasses.replace(BASE, fresh_base=False), FURTHER)
+    config = BASE if fresh else with_steps(FURTHER, MORE)
     root = folder.parent
     export(
         run(config, folder, seed, root / "encoders" / "bundle", root / "world" / "scenes"),

@@ -62,6 +62,12 @@ BASE = TrainConfig(
     save_every=250,
     keep=1,
 )
+FURTHER = dataclasses.replace(  # of a base that is not fresh
+    BASE,
+    optim=dataclasses.replace(BASE.optim, rate=7.5e-4, muon_rate=0.01),
+    fresh_base=False,
+    time_mean=0.3,  # it knows by now what to draw, and is to draw it well
+)
 ADAPTER = dataclasses.replace(
     BASE,
     optim=dataclasses.replace(BASE.optim, decay_steps=1400),

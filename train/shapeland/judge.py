@@ -25,7 +25,7 @@ from train.shapeland.workdir import save_weights
 
 POOL = 8000  # identities
 STEPS = 1600
-FURTHER = 800  # steps of a judge that is not fresh
+MORE = 800  # steps of a judge that is not fresh
 RATE = 2e-3
 BATCH = 64  # identities, each with two views
 EMPTY = BATCH // 2  # empty scenes in a batch
@@ -56,7 +56,7 @@ def train_judge(folder: Path, seed: int, fresh: bool = True) -> None:
     params = init_judge(jax.random.key(seed))
     if not fresh:
         params = started_from(params, read_tree(default.JUDGE))
-    params = fit(folder / "run", params, _loss, batch_of, STEPS if fresh else FURTHER, RATE, seed)
+    params = fit(folder / "run", params, _loss, batch_of, STEPS if fresh else MORE, RATE, seed)
     save_weights(folder, params)
 
 
