@@ -19,6 +19,7 @@ from dynaip_jax.adapters.hmoe import HMoE, HMoEConfig
 from dynaip_jax.layers.basic import parameter, shapes_of
 from dynaip_jax.layers.compute import Compute
 from dynaip_jax.layers.injection import Injection
+from dynaip_jax.runtime import shapes
 from dynaip_jax.runtime.sharding import constrain
 from dynaip_jax.types import KV, ImagePrompt, Sites
 
@@ -159,4 +160,7 @@ def abstract_adapter_params(
 
 @lru_cache(maxsize=64)
 def _abstract_boxed(config: DynaIPConfig, compute: Compute) -> dict[str, Any]:
-    return shapes_of(lambda: init_adapter_params(config, jax.random.key(0), compute, boxed=True))
+    def find() -> dict[str, Any]:
+        return shapes_of(lambda: init_adapter_params(config, jax.random.key(0), compute, boxed=True))
+
+    return shapes.kept(shapes.named(DynaIP(config, compute)), find)

@@ -31,6 +31,7 @@ from dynaip_jax.layers.injection import Injection, Seen
 from dynaip_jax.layers.step_cache import StepCache
 from dynaip_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from dynaip_jax.public_names import PublicNames
+from dynaip_jax.runtime import shapes
 from dynaip_jax.storage.bundle import Bundle
 from dynaip_jax.storage.codec import from_dict
 from dynaip_jax.types import ImagePrompt, Sites, TextCondition
@@ -61,7 +62,7 @@ class Component(NamedTuple):
 @lru_cache(maxsize=64)
 def _abstract_boxed(component: Component, network: Any) -> dict[str, Any]:
     """Kept: to find the shapes of a network's parameters is to trace all of it."""
-    return shapes_of(lambda: component.init(network, jax.random.key(0)))
+    return shapes.kept(shapes.named(network), lambda: shapes_of(lambda: component.init(network, jax.random.key(0))))
 
 
 class Matrices(NamedTuple):

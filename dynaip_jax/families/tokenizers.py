@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from dynaip_jax import reading
 from dynaip_jax.errors import UserError, reason
+from dynaip_jax.families.plain_tokenizer import PlainTokenizer
 from dynaip_jax.families.words import choose, overlap
 from dynaip_jax.storage.folders import AnyPath, local_copy
 
@@ -33,11 +34,11 @@ def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -
     Raises `UserError`, with the `remedy`, for one that wants code of its own, that is of another kind, or cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
-    names = (n for n in ("tokenizer_config.json", "config.json") if reading.exists(folder / n))
-    kinds = [_check_class(folder / name, remedy) for name in names]
+    names = [n for n in ("tokenizer_config.json", "config.json") if reading.exists(folder / n)]
+    settings = {name: _settings(folder / name, remedy) for name in names}
     try:
         with local_copy(folder) as here:
-            tokenizer = _class(kinds).from_pretrained(here, local_files_only=True, trust_remote_code=False)
+            tokenizer = _read(here, settings.get("tokenizer_config.json", {}))
         ids = tokenizer(["a", STRANGE], padding="max_length", max_length=8, truncation=True)["input_ids"]
         if np.asarray(ids, np.int32).shape != (2, 8):
             raise ValueError("it does not pad")
@@ -48,20 +49,17 @@ def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -
     return tokenizer
 
 
-def _class(kinds: Sequence[str | None]) -> Any:
-    """What reads a folder whose files name these classes. That which needs no code of a model is asked for itself: `AutoTokenizer`, which
-    would find it, imports for two seconds."""
-    if kinds[:1] == ["PreTrainedTokenizerFast"]:
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
+def _read(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """The tokenizer in a folder with these settings."""
+    if PlainTokenizer.reads(folder, settings):
+        return PlainTokenizer.read(folder, settings)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _check_class(path: AnyPath, remedy: str) -> str | None:
-    """The class that a file of settings names."""
+def _settings(path: AnyPath, remedy: str) -> dict[str, Any]:
+    """A file of settings, which names a class that is known, or none."""
     config = reading.read_json(path, expected="a tokenizer's settings", remedy=remedy)
     if "auto_map" in config:
         raise UserError(
@@ -70,7 +68,7 @@ def _check_class(path: AnyPath, remedy: str) -> str | None:
     kind = config.get("tokenizer_class")
     if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") not in CLASSES):
         raise UserError(f"{path}: tokenizer_class {kind!r}; expected one of {', '.join(CLASSES)}; {remedy}")
-    return kind
+    return config
 
 
 class Tokenizers:

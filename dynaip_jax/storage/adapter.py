@@ -64,7 +64,6 @@ def read_adapter_weights(path: str | Path, target: Mapping[str, Any], *, verify:
     """The adapter's tree in the shapes, dtypes and shardings of `target`; each device reads its part alone. Raises `UserError` if
     names, shapes or values are not right, and, unless `verify` is False, if the file is not the one that was written."""
     import jax
-    import jax.numpy as jnp
     from flax.traverse_util import unflatten_dict
 
     weights = as_path(path) / ADAPTER_WEIGHTS
@@ -84,12 +83,7 @@ def read_adapter_weights(path: str | Path, target: Mapping[str, Any], *, verify:
         check_weights(str(weights), name, file.dtype(name))
     params = {}
     for k, t in flatten(target).items():
-        x = jax.make_array_from_callback(t.shape, t.sharding, partial(_read_part, file, k, t.dtype))
-        if not bool(jnp.isfinite(x).all()):
-            raise UserError(
-                f"{weights}: {k} holds NaN or infinity; expected finite weights; export an earlier checkpoint"
-            )
-        params[k] = x
+        params[k] = jax.make_array_from_callback(t.shape, t.sharding, partial(_read_part, file, k, t.dtype))
     return unflatten_dict(params, sep=".")
 
 
@@ -99,4 +93,9 @@ def _manifest(path: AnyPath, field: str = "adapter") -> dict[str, Any]:
 
 
 def _read_part(file: TensorFile, name: str, dtype: Any, part: tuple[slice, ...]) -> np.ndarray:
-    return np.asarray(file.part(name, part), dtype)
+    values = np.asarray(file.part(name, part), dtype)
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{file.files[0]}: {name} holds NaN or infinity; expected finite weights; export an earlier checkpoint"
+        )
+    return values

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynaip_jax.errors import UserError
+from dynaip_jax.families.plain_tokenizer import PlainTokenizer
 from dynaip_jax.families.tokenizers import Tokenizers, check_tokenizer
+from dynaip_jax.shapeland import default
 
 ROOT = Path(__file__).parents[2]
 PIECES = ("▁A", "▁a", "▁and", "▁red", "▁star", "s", ",", "▁", "n", "d")
@@ -51,15 +53,61 @@ def test_bytes_have_a_row_each_and_the_space_none(tiny):
     assert rows(tokenizers.words("a ré  d", ["RÉ d"])) == [[2, 3, 4, 7]]
 
 
-def test_a_tokenizer_of_no_model_is_read_without_models(tiny):
-    """It is what AutoTokenizer makes of the folder, which alone would import for two seconds, torch too where it is."""
-    folder = tiny[0] / "tokenizers" / "t5"
-    found, usual = check_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    assert type(found) is type(usual) and found(["a ré  d\n", ""]).input_ids == usual(["a ré  d\n", ""]).input_ids
+TEXTS = ["a ré  d\n", "", " ".join("abcdefghijkl"), "a</s>b<pad> <unk>\u2603", "  A  "]
+
+
+def plain(tmp_path, **special):
+    """A folder of words and letters, its tokenizer as tokenizers writes it."""
+    words = {token: n for n, token in enumerate(["<pad>", "</s>", "<unk>", *"abcdefgr"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split("", "isolated")
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast", **special))
+    )
+    return tmp_path
+
+
+def test_a_tokenizer_of_no_model_is_what_transformers_makes_of_it(tiny, tmp_path):
+    """Its words for special tokens too, wherever they stand."""
+    own = plain(tmp_path, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    for folder in (tiny[0] / "tokenizers" / "t5", default.paths()[0] / "tokenizers" / "clip", own):
+        found, usual = check_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        assert isinstance(found, PlainTokenizer)
+        padded = dict(padding="max_length", max_length=6, truncation=True)
+        for options in (padded, {}, dict(add_special_tokens=False), dict(return_offsets_mapping=True), padded):
+            assert found(TEXTS, **options)["input_ids"] == usual(TEXTS, **options)["input_ids"]
+            for text in TEXTS:
+                mine, theirs = found(text, **options), usual(text, **options)
+                assert all(mine[name] == theirs[name] for name in mine)
+        assert found.unk_token_id == usual.unk_token_id
+        assert found.num_special_tokens_to_add() == usual.num_special_tokens_to_add()
+        ids = found(TEXTS[0])["input_ids"]
+        assert found.decode(ids) == usual.decode(ids)
+        assert pickle.loads(pickle.dumps(found))(TEXTS) == found(TEXTS)
+
+
+def test_what_is_beyond_a_plain_tokenizer_is_left_to_transformers(tmp_path):
+    folder = plain(tmp_path, pad_token="<pad>", model_max_length=4)
+    assert not isinstance(check_tokenizer(folder), PlainTokenizer)
+    plain(tmp_path, pad_token="<pad>")
+    assert isinstance(check_tokenizer(folder), PlainTokenizer)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert not isinstance(check_tokenizer(folder), PlainTokenizer)
+
+
+def test_a_tokenizer_that_names_no_padding_is_refused(tmp_path):
+    with pytest.raises(UserError, match="it names no token to pad with"):
+        check_tokenizer(plain(tmp_path, unk_token="<unk>"))
+
+
+def test_a_tokenizer_of_no_model_is_read_without_transformers(tiny):
     code = (
         "import sys, pathlib; from dynaip_jax.families.tokenizers import check_tokenizer as read; read(pathlib.Path(sys.argv[1])); "
-        "sys.exit(bool({'torch', 'transformers.models.auto'} & {*sys.modules}))"
+        "sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     )
+    folder = tiny[0] / "tokenizers" / "t5"
     assert subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT).returncode == 0
 
 
