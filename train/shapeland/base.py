@@ -9,7 +9,7 @@ from train.shapeland.configs import BASE, FURTHER, with_steps
 from train.shapeland.runs import run
 from train.shapeland.workdir import SHIPPED
 
-MORE = 3000  # steps of a base that is not fresh
+MORE = 2400  # steps of a base that is not fresh
 
 
 def train_base(folder: Path, seed: int, fresh: bool = True) -> None:
