@@ -16,7 +16,7 @@ from train.shapeland.configs import ADAPTER, with_steps
 from train.shapeland.runs import run
 from train.shapeland.workdir import SHIPPED
 
-MORE = 1000  # steps of an adapter that is not fresh
+MORE = 800  # steps of an adapter that is not fresh
 
 
 def train_adapter(folder: Path, seed: int, fresh: bool = True) -> None:
