@@ -13,7 +13,7 @@ import numpy as np
 
 from dynaip_jax import reading
 from dynaip_jax.errors import UserError, reason
-from dynaip_jax.families.plain_tokenizer import PlainTokenizer
+from dynaip_jax.families.plain_tokenizer import KIND, PlainTokenizer
 from dynaip_jax.families.words import choose, overlap
 from dynaip_jax.storage.folders import AnyPath, local_copy
 
@@ -50,12 +50,14 @@ def check_tokenizer(folder: AnyPath, remedy: str = "download the model again") -
 
 
 def _read(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """The tokenizer in a folder with these settings."""
+    """The tokenizer in a folder with these settings, by what is needed and no more: transformers imports for a second, `AutoTokenizer`, which
+    would find the class by itself, for two."""
     if PlainTokenizer.reads(folder, settings):
         return PlainTokenizer.read(folder, settings)
-    from transformers import AutoTokenizer
+    import transformers
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind: Any = getattr(transformers, KIND if settings.get("tokenizer_class") == KIND else "AutoTokenizer")
+    return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _settings(path: AnyPath, remedy: str) -> dict[str, Any]:
