@@ -102,13 +102,16 @@ def test_a_tokenizer_that_names_no_padding_is_refused(tmp_path):
         check_tokenizer(plain(tmp_path, unk_token="<unk>"))
 
 
-def test_a_tokenizer_of_no_model_is_read_without_transformers(tiny):
+@pytest.mark.parametrize(
+    "which, name, left_out", [("tiny", "t5", "transformers"), ("tiny2", "qwen3", "transformers.models.auto")]
+)
+def test_no_more_is_imported_than_a_tokenizer_needs(which, name, left_out, request):
     code = (
         "import sys, pathlib; from dynaip_jax.families.tokenizers import check_tokenizer as read; read(pathlib.Path(sys.argv[1])); "
-        "sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
+        "sys.exit(bool({'torch', sys.argv[2]} & {*sys.modules}))"
     )
-    folder = tiny[0] / "tokenizers" / "t5"
-    assert subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT).returncode == 0
+    folder = request.getfixturevalue(which)[0] / "tokenizers" / name
+    assert subprocess.run([sys.executable, "-c", code, folder, left_out], cwd=ROOT).returncode == 0
 
 
 def test_words_that_are_not_there_are_refused(pieces, tiny):
