@@ -43,8 +43,11 @@ def kept(network: str, find: Callable[[], Any]) -> Any:
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(content))
-        partial.replace(file)
+        try:
+            partial.write_text(json.dumps(content))
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)  # of a full disk
     return tree
 
 
