@@ -29,7 +29,7 @@ COUNTS = {
     3: 1.0,
 }  # number of subjects: cumulated share of the base model's scenes, close views included
 CLOSE_PAIRS = 0.15  # share of the adapter's targets that are a close view
-DESCRIBED = 0.4  # share of one-subject scenes whose caption tells the look
+DESCRIBED = 0.6  # share of the base model's scenes whose caption tells the look of the subjects
 UNSAID = (
     0.5  # probability that a caption leaves open each of `SAYABLE`, as captions of photographs leave most things open
 )
@@ -54,14 +54,19 @@ def sample_said(rng: np.random.Generator, unsaid: float) -> tuple[str, ...]:
     return tuple(part for part in SAYABLE if rng.random() >= unsaid)
 
 
+def sample_text(rng: np.random.Generator, scene: Scene, unsaid: float = UNSAID) -> str:
+    """What the base model reads of a scene: its caption or, for a share of the scenes, its description. A base that is told looks
+    learns to draw what it is told; one that never is can only guess, and no adapter can make it draw what it cannot."""
+    described = rng.random() < DESCRIBED
+    said = sample_said(rng, unsaid)
+    return description(scene, said) if described else caption(scene, said)
+
+
 def scene_record(seed: int, n: int, split: str = "train", unsaid: float = UNSAID) -> Record:
-    """Record n for text to image: a scene of 1 to 3 subjects with its caption or, for a share of those of one subject, its
-    description, since a base model knows words for looks too."""
+    """Record n for text to image: a scene of 1 to 3 subjects with `sample_text`."""
     rng = generator(seed, split, n)
     scene = sample_mixed(rng)
-    described = len(scene.subjects) == 1 and rng.random() < DESCRIBED
-    said = sample_said(rng, unsaid)
-    return _record(n, scene, None, description(scene, said) if described else caption(scene, said))
+    return _record(n, scene, None, sample_text(rng, scene, unsaid))
 
 
 def pair_record(

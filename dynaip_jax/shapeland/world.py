@@ -149,13 +149,19 @@ def caption(scene: Scene, said: Collection[str] = SAYABLE) -> str:
 
 
 def description(scene: Scene, said: Collection[str] = SAYABLE) -> str:
-    """The caption with each subject's look in words, as people write beside pictures: what CLIP learns from."""
-    looks = []
-    for s in scene.subjects:
-        first, second = _colour(s.identity.first), _colour(s.identity.second)
-        emblem = "" if s.identity.emblem == "none" else f" and a {_grey(s.identity.emblem_shade)} {s.identity.emblem}"
-        looks.append(f"{article(first, s.kind)} with {second} {s.identity.pattern}{emblem}")
+    """The caption with each subject's look in words, as people write beside pictures: of one subject its colours, pattern and
+    emblem, of several the first colour each."""
+    if len(scene.subjects) == 1:
+        looks = [_look(scene.subjects[0])]
+    else:
+        looks = [article(_hue(s.identity.first), s.kind) for s in scene.subjects]
     return _sentence(scene, looks, said)
+
+
+def _look(s: Placed) -> str:
+    first, second = _colour(s.identity.first), _colour(s.identity.second)
+    emblem = "" if s.identity.emblem == "none" else f" and a {_grey(s.identity.emblem_shade)} {s.identity.emblem}"
+    return f"{article(first, s.kind)} with {second} {s.identity.pattern}{emblem}"
 
 
 def caption_words() -> list[str]:
@@ -201,9 +207,11 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def _colour(rgb: tuple[float, float, float]) -> str:
-    h, _, v = colorsys.rgb_to_hsv(*rgb)
-    name = COLOURS[round(h * len(COLOURS)) % len(COLOURS)]
-    return f"dark {name}" if v < 0.7 else name
+    return f"dark {_hue(rgb)}" if max(rgb) < 0.7 else _hue(rgb)
+
+
+def _hue(rgb: tuple[float, float, float]) -> str:
+    return COLOURS[round(colorsys.rgb_to_hsv(*rgb)[0] * len(COLOURS)) % len(COLOURS)]
 
 
 def _grey(shade: float) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dynaip_jax.shapeland.dataset import UNSAID, sample_mixed, sample_said
-from dynaip_jax.shapeland.world import caption, generator
+from dynaip_jax.shapeland.dataset import sample_mixed, sample_text
+from dynaip_jax.shapeland.world import generator
 from train.shapeland.configs import CONFIGS, FAMILY, MASK, SPECIAL, WORDS
 from train.shapeland.fit import Loss, choose, fit
 from train.shapeland.losses import cross_entropy
@@ -18,7 +18,7 @@ from train.shapeland.processes import in_processes
 from train.shapeland.tokenizers import load_tokenizers
 from train.shapeland.workdir import save_weights
 
-CAPTIONS = 20_000
+TEXTS = 40_000
 STEPS, BATCH, RATE = 1000, 128, 4e-3
 HIDDEN = 0.15  # share of words
 NEAR = range(-4, 5)  # offsets of the words that each state must name
@@ -30,7 +30,7 @@ def train_text(folder: Path, seed: int) -> None:
     Masked words alone leave the states of words of a kind nearly alike, and do not ask which subject stands where.
     """
     config = CONFIGS["t5"]
-    ids = load_tokenizers().t5(in_processes(partial(_caption, seed), CAPTIONS))
+    ids = load_tokenizers().t5(in_processes(partial(_text, seed), TEXTS))
     keys = jax.random.split(jax.random.key(seed + 1), len(NEAR))
     heads = {
         str(offset): jax.random.normal(key, (config.d_model, len(WORDS))) * 0.05
@@ -42,9 +42,9 @@ def train_text(folder: Path, seed: int) -> None:
     save_weights(folder, params["t5"])
 
 
-def _caption(seed: int, n: int) -> str:
+def _text(seed: int, n: int) -> str:
     rng = generator(seed, "train", n)
-    return caption(sample_mixed(rng), sample_said(rng, UNSAID))
+    return sample_text(rng, sample_mixed(rng))
 
 
 def _loss(module: Any) -> Loss:
