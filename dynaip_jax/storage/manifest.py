@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from dynaip_jax import reading
@@ -17,6 +18,7 @@ from dynaip_jax.storage.folders import AnyPath
 FORMAT_VERSION = 1
 BUNDLE_FILE, ADAPTER_FILE = "bundle.json", "adapter.json"
 MANIFESTS = (BUNDLE_FILE, ADAPTER_FILE)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 OPTIONAL = dict(checksums=dict[str, str])  # fields that folders of older versions lack
 
 
@@ -64,12 +66,20 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """sha256 over names, shapes and values of a tree of arrays; values are rounded to bfloat16 first, so that a model has
+    """sha256 over names, shapes and `entry_digests` of a tree of arrays; values are rounded to bfloat16 first, so that a model has
     the same fingerprint in whichever precision it is stored."""
-    import jax.numpy as jnp
-
     digest = hashlib.sha256()
     for name, x in sorted(flatten(params).items()):
-        digest.update(f"{name} {tuple(x.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(np.asarray(x).astype(jnp.bfloat16)).view(np.uint16).tobytes())
+        digest.update(f"{name} {tuple(x.shape)}\n".encode() + entry_digests(np.asarray(x)))
     return digest.hexdigest()
+
+
+def entry_digests(x: np.ndarray) -> bytes:
+    """sha256 of each entry along the first axis, rounded to bfloat16, one after another: of blocks that are stacked, that of each."""
+    entries = (entry.astype(BFLOAT16, copy=False) for entry in np.ascontiguousarray(x).reshape(x.shape or (1,)))
+    return b"".join(hashlib.sha256(raw(entry)).digest() for entry in entries)
+
+
+def raw(x: np.ndarray) -> memoryview:
+    """The bytes of an array whose rows lie one after another."""
+    return x.reshape(-1).view(np.uint8).data

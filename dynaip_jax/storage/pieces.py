@@ -18,13 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
+
+from dynaip_jax.storage.arena import reused
+from dynaip_jax.storage.manifest import BFLOAT16, entry_digests, raw
 
 AT_ONCE = max(2, min(8, os.cpu_count() or 2))  # pieces
 ROOM = 1 << 28  # bytes of pieces that may wait; a larger piece is alone
 CHUNK = 1 << 22  # bytes
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class NewLeaf(NamedTuple):
@@ -52,11 +53,6 @@ class NewLeaf(NamedTuple):
         """The file of a piece in the leaf's folder."""
         rest = ["0"] * (len(self.shape) - self.stacked)
         return ".".join([str(number), *rest] if self.stacked else rest or ["0"])
-
-
-def raw(x: np.ndarray) -> memoryview:
-    """The bytes of an array whose rows lie one after another."""
-    return x.reshape(-1).view(np.uint8).data
 
 
 class Written(NamedTuple):
@@ -119,41 +115,33 @@ def write_leaves(
             folder / name / ".zarray", f"{folder.name}/{name}/.zarray", _zarray(leaf)
         )
 
-    def piece(name: str, number: int) -> tuple[str, str, np.ndarray]:
+    def piece(name: str, number: int) -> tuple[str, str, bytes, int]:
         leaf = leaves[name]
         file = f"{name}/{leaf.chunk(number)}"
-        x = _kept(folder / file, leaf, journal.known(f"{folder.name}/{file}"))
-        if x is not None:
-            return file, str(journal.known(f"{folder.name}/{file}")), x
-        x = np.ascontiguousarray(leaf.reads[number](), leaf.dtype)
-        return file, journal.write(folder / file, f"{folder.name}/{file}", raw(x)), x
+        with reused():
+            digest = journal.known(f"{folder.name}/{file}")
+            x = _kept(folder / file, leaf, digest)
+            if digest is None or x is None:
+                x = np.ascontiguousarray(leaf.reads[number](), leaf.dtype)
+                digest = journal.write(folder / file, f"{folder.name}/{file}", raw(x))
+            one = leaf.stacked and x.dtype == BFLOAT16  # whose bytes are those of the file
+            return (
+                file,
+                digest,
+                bytes.fromhex(digest) if one else entry_digests(x[None] if leaf.stacked else x),
+                x.nbytes,
+            )
 
-    values = Values(leaves)
+    values, last = hashlib.sha256(), ""
     with contextlib.closing(pieces(leaves, piece)) as made:
-        for name, (file, digest, x) in made:
+        for name, (file, digest, entries, size) in made:
             sums[file] = digest
-            values.add(name, x)
-            step(x.nbytes)
+            if name != last:  # as `manifest.fingerprint` has it
+                values.update(f"{name} {tuple(leaves[name].shape)}\n".encode())
+                last = name
+            values.update(entries)
+            step(size)
     return Written(values.hexdigest(), sums | _write_metadata(folder, leaves, journal))
-
-
-class Values:
-    """The fingerprint of leaves whose pieces come in the order of their names; see `manifest.fingerprint`."""
-
-    def __init__(self, leaves: Mapping[str, NewLeaf]):
-        self._leaves, self._digest, self._last = leaves, hashlib.sha256(), ""
-
-    def add(self, name: str, piece: np.ndarray) -> None:
-        if name != self._last:
-            self._digest.update(f"{name} {tuple(self._leaves[name].shape)}\n".encode())
-            self._last = name
-        flat = piece.reshape(-1)
-        for start in range(0, flat.size, CHUNK // 4):
-            part = flat[start : start + CHUNK // 4]
-            self._digest.update(raw(part if part.dtype == BFLOAT16 else part.astype(BFLOAT16)))
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
 
 
 def pieces(leaves: Mapping[str, NewLeaf], make: Callable[[str, int], Any]) -> Generator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ import numpy as np
 from dynaip_jax import reading
 from dynaip_jax.errors import UserError, reason
 from dynaip_jax.schema import typed
+from dynaip_jax.storage import arena
 from dynaip_jax.storage.folders import AnyPath, as_path, local_copy
 from dynaip_jax.storage.manifest import flatten
 
@@ -130,7 +131,7 @@ class TensorFile(Tensors):
 
     def _read(self, t: Tensor, first: int, count: int) -> np.ndarray:
         """`count` values of a tensor, from the value `first` on."""
-        values, at = np.empty(count, t.dtype), t.start + first * t.dtype.itemsize
+        values, at = arena.empty((count,), t.dtype), t.start + first * t.dtype.itemsize
         left = memoryview(values.view(np.uint8).data)
         while len(left):
             done = os.preadv(self._open[t.file].fileno(), [left[: 1 << 30]], at)

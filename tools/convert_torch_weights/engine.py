@@ -8,7 +8,7 @@ table, source and target against each other and copies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dynaip_jax.errors import UserError, shortened
-from dynaip_jax.storage.pieces import BFLOAT16, NewLeaf
+from dynaip_jax.storage import arena
+from dynaip_jax.storage.manifest import BFLOAT16
+from dynaip_jax.storage.pieces import NewLeaf
 from dynaip_jax.storage.tensors import check_weights
 
 SIDE = 128  # of the squares in which a matrix is transposed
@@ -62,13 +64,18 @@ class Leaf(NamedTuple):
                 raise UserError(
                     f"{part.name} holds NaN or infinity; expected finite weights; use another file, or download it again"
                 )
-        x = np.concatenate(read) if len(read) > 1 else read[0]
+        x = _joined(read) if len(read) > 1 else read[0]
         y = _laid(x, self.axes, dtype).reshape(shape)
         if y.dtype != x.dtype and not finite(y):
             raise UserError(
                 f"{self.parts[0].name} holds values that {dtype} cannot; expected smaller ones; pass another `dtype`"
             )
         return y
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    rows, dtype = sum(len(x) for x in parts), np.result_type(*parts)
+    return np.concatenate(parts, out=arena.empty((rows, *parts[0].shape[1:]), dtype))
 
 
 Table = dict[str, Leaf | list[Leaf]]
@@ -243,7 +250,7 @@ def _laid(x: np.ndarray, axes: tuple[int, ...] | None, dtype: np.dtype) -> np.nd
         return _laid(x.view(np.uint16), axes, np.dtype(np.uint16)).view(dtype)
     if axes != (1, 0):
         return np.ascontiguousarray(x if axes is None else x.transpose(axes), dtype)
-    y = np.empty(x.shape[::-1], dtype)
+    y = arena.empty(x.shape[::-1], dtype)
     for i in range(0, x.shape[0], SIDE):
         for j in range(0, x.shape[1], SIDE):
             y[j : j + SIDE, i : i + SIDE] = x[i : i + SIDE, j : j + SIDE].T

@@ -16,11 +16,12 @@ from dynaip_jax import reading, tasks
 from dynaip_jax.errors import UserError, printable
 from dynaip_jax.interrupts import at_stake
 from dynaip_jax.storage import checksums
+from dynaip_jax.storage.arena import reused
 from dynaip_jax.storage.bundle import Bundle, NewComponent
 from dynaip_jax.storage.codec import to_dict
 from dynaip_jax.storage.folders import replacing
-from dynaip_jax.storage.manifest import BUNDLE_FILE, flatten
-from dynaip_jax.storage.pieces import NewLeaf, pieces, raw
+from dynaip_jax.storage.manifest import BUNDLE_FILE, flatten, raw
+from dynaip_jax.storage.pieces import NewLeaf, pieces
 from dynaip_jax.version import __version__
 from tools.convert_torch_weights.sources import Layout, Source
 
@@ -125,8 +126,9 @@ def _compare(
     out: Path, component: str, leaves: Mapping[str, NewLeaf], stated: Mapping[str, str], step: Callable[[int], object]
 ) -> None:
     def digest(name: str, number: int) -> tuple[str, str, int]:
-        x = np.ascontiguousarray(leaves[name].reads[number](), leaves[name].dtype)
-        return f"{component}/{name}/{leaves[name].chunk(number)}", hashlib.sha256(raw(x)).hexdigest(), x.nbytes
+        with reused():
+            x = np.ascontiguousarray(leaves[name].reads[number](), leaves[name].dtype)
+            return f"{component}/{name}/{leaves[name].chunk(number)}", hashlib.sha256(raw(x)).hexdigest(), x.nbytes
 
     with contextlib.closing(pieces(leaves, digest)) as made:
         for name, (file, found, size) in made:
