@@ -7,6 +7,8 @@ import binascii
 import dataclasses
 import json
 import secrets
+import sys
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +74,7 @@ class Studio:
         self.controls = controls.controls(self.pipe.defaults, family.multiple, takes_guidance=family.takes_guidance)
         self._preview = Preview.fit(family, self.pipe.parts.vae)
         self._turns, self._kept = Turns(most), deque[Path]()
+        self._checking = threading.Lock()
 
     # --- forms
 
@@ -135,15 +138,21 @@ class Studio:
 
     def generate(self, form: Form) -> Job:
         """A job whose result is `Drawn`. Raises `UserError` for a form that does not fit, and if too many wait."""
-        pipe, request = self.request(form)
-        return self._turns.submit(lambda job: self._draw(job, pipe, request))
+        self._check(form)
+        return self._turns.submit(lambda job: self._draw(job, *self.request(form)))
 
     def maps(self, form: Form) -> Job:
         """A job whose result is `Drawn`: a figure of where the references act in the first picture of a form."""
-        pipe, request = self.request(form, num_images=1)
-        if not request.subjects.references:
+        if not any(subject.picture for subject in form.subjects):
             raise UserError("`references`: none given; expected at least one, whose maps these are; upload one")
-        return self._turns.submit(lambda job: self._look(job, pipe, request))
+        self._check(form, num_images=1)
+        return self._turns.submit(lambda job: self._look(job, *self.request(form, num_images=1)))
+
+    def _check(self, form: Form, **changes: Any) -> None:
+        """Raises what `request` does. Forms wait as they were sent, and one at a time is checked: a small file may hold a picture of
+        hundreds of megabytes."""
+        with self._checking:
+            self.request(form, **changes)
 
     def snapshot(self, job: Job) -> Snapshot:
         """How a job stands."""
@@ -190,7 +199,13 @@ class Studio:
         from dynaip_jax.images import save_png
 
         path = self.folder / f"{secrets.token_hex(NAMES)}.png"
-        save_png(image, path, settings)
+        try:
+            save_png(image, path, settings)
+        except UserError as e:
+            print(e, file=sys.stderr)
+            raise UserError(
+                "picture: the page cannot keep it; expected room on its disk; tell who runs the page (its log says more)"
+            ) from e
         self._kept.append(path)
         while len(self._kept) > KEPT:
             self._kept.popleft().unlink(missing_ok=True)

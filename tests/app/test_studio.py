@@ -1,7 +1,10 @@
 """What the page does, without a browser: forms, pictures, settings, and an end at the next step."""
 
 import io
+import threading
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,10 +13,11 @@ from PIL import Image
 
 from dynaip_jax import images
 from dynaip_jax.app.studio import Form, Studio, Subject, differences
-from dynaip_jax.app.turns import CANCELLED, DONE, OVER
+from dynaip_jax.app.turns import CANCELLED, DONE, FAILED, OVER
 from dynaip_jax.errors import UserError
 from dynaip_jax.sampling.opening import open_model
 from tests.app.pages import half, png, upload
+from tests.images.test_writing import failing, names
 
 SMALL = dict(height=32, width=32, steps=2)
 SOON = 60
@@ -108,6 +112,49 @@ def test_a_job_shows_its_steps_and_ends_at_the_next(studio, cup):
         studio._progress = view
     assert [(now.step, now.steps) for now in seen[:2]] == [(1, 50), (2, 50)]
     assert seen[0].shown.size == (32, 32)
+
+
+def test_what_waits_takes_the_memory_of_its_files_and_not_of_its_pictures(studio):
+    side = 3000
+    large = png(np.zeros((side, side, 3), np.uint8))
+    asked = form(studio, "a cup", Subject(large))
+    holds, begun = threading.Event(), threading.Event()
+
+    def work(job):
+        begun.set()
+        assert holds.wait(SOON)
+
+    studio._turns.submit(work)
+    assert begun.wait(SOON)
+    tracemalloc.start()
+    try:
+        studio._check(asked)
+        _, alone = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        with ThreadPoolExecutor(2) as pool:
+            jobs = list(pool.map(studio.generate, [asked] * studio.most))
+        after, both = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        holds.set()
+    picture = side * side * 3
+    assert alone > picture > len(large) * 10
+    assert after - before < picture / 4
+    assert both < alone + picture / 4, "one at a time is decoded"
+    for job in jobs:
+        assert over(studio, job).state == DONE
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(studio, monkeypatch, capsys):
+    before = names(studio.folder)
+    with monkeypatch.context() as context:
+        failing(context, studio.folder)
+        now = over(studio, studio.generate(form(studio)))
+    assert now.state == FAILED and str(now.error).startswith("picture: the page cannot keep it; expected room")
+    assert "No space left on device" in capsys.readouterr().err
+    assert names(studio.folder) == before
+    assert over(studio, studio.generate(form(studio))).state == DONE
 
 
 @pytest.mark.parametrize(
