@@ -143,7 +143,7 @@ class Studio:
 
     def maps(self, form: Form) -> Job:
         """A job whose result is `Drawn`: a figure of where the references act in the first picture of a form."""
-        if not any(subject.picture for subject in form.subjects):
+        if all(subject.picture is None for subject in form.subjects):
             raise UserError("`references`: none given; expected at least one, whose maps these are; upload one")
         self._check(form, num_images=1)
         return self._turns.submit(lambda job: self._look(job, *self.request(form, num_images=1)))

@@ -55,8 +55,7 @@ def sample_said(rng: np.random.Generator, unsaid: float) -> tuple[str, ...]:
 
 
 def sample_text(rng: np.random.Generator, scene: Scene, unsaid: float = UNSAID) -> str:
-    """What the base model reads of a scene: its caption or, for a share of the scenes, its description. A base that is told looks
-    learns to draw what it is told; one that never is can only guess, and no adapter can make it draw what it cannot."""
+    """What the base model reads of a scene: its caption or, for a share `DESCRIBED` of the scenes, its description."""
     described = rng.random() < DESCRIBED
     said = sample_said(rng, unsaid)
     return description(scene, said) if described else caption(scene, said)

@@ -5,6 +5,7 @@ import pytest
 
 from dynaip_jax.shapeland import world as synthetic
 from dynaip_jax.shapeland.dataset import sample_mixed
+from train.shapeland.configs import TOKENS
 
 
 def scene(seed=0, count=1, split="test", **options):
@@ -75,6 +76,14 @@ def test_captions_leave_open_what_they_are_not_asked_to_say():
         assert synthetic.caption(plain(), parts) == text
     assert synthetic.description(plain(), ()) == "a red circle with red stripes"  # white has no hue
     assert synthetic.caption(scene(3, 2), ()).count(" and ") == 1
+
+
+def test_descriptions_of_several_subjects_tell_a_colour_each_and_none_is_cut_off():
+    (circle,) = plain().subjects
+    two = plain()._replace(subjects=(circle, circle._replace(kind="star")))
+    assert synthetic.description(two, ()) == "a red circle and a red star"
+    longest = max(len(synthetic.description(scene(n, count)).split()) for count in (1, 2, 3) for n in range(400))
+    assert 18 < longest < TOKENS["t5_length"]  # one is for the end
 
 
 @pytest.mark.parametrize("count", (1, 2, 3))
