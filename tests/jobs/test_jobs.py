@@ -4,6 +4,7 @@ moment ends with the bytes of one that was not."""
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,11 +113,12 @@ def pipe(tiny):
 
 @pytest.fixture
 def drawing(pipe, lines):
-    """Draws the list where it lies, without the command."""
+    """Draws the list where it lies, without the command; `meanwhile`: what happens once it is planned."""
     path = write(*lines)
 
-    def run(**options):
+    def run(meanwhile=lambda: None, **options):
         plan = make_plan(pipe[0], read_jobs(path, dict(steps=2, height=32, width=32))[0], False)
+        meanwhile()
         made = running.Drawing(pipe[0], plan, **options)
         made._pipe = pipe[1]
         assert made.run() == {}
@@ -150,6 +152,19 @@ def test_a_list_stopped_at_any_moment_ends_with_the_same_bytes(drawing, lines, m
     drawing()
     assert contents(lines[0]) == whole
     assert len(saved) == len(set(saved)) == len(whole), "no picture is drawn twice"
+    told: list[Path] = []
+    (lines[0] / "many_1.png").unlink()
+    drawing(told=told.append)
+    assert [path.name for path in told] == ["many_1.png"] and contents(lines[0]) == whole
+
+
+def test_pictures_that_another_process_makes_meanwhile_are_kept(drawing, lines):
+    drawing()
+    whole = contents(lines[0])
+    for name in whole:
+        (lines[0] / name).unlink()
+    drawing(meanwhile=lambda: [(lines[0] / name).write_bytes(data) for name, data in whole.items()])
+    assert contents(lines[0]) == whole
 
 
 def test_too_little_memory_draws_fewer_at_once(drawing, monkeypatch):
