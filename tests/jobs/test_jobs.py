@@ -78,6 +78,8 @@ def test_all_lines_are_drawn_by_one_program_a_shape(draw, dynaip, tiny, tmp_path
     settings = read_settings(tmp_path / "run" / "many_3.png")
     assert settings["prompt"] == "a mug" and settings["seed"] == 1 and settings["image_scale"] == 0.5
     assert read_settings(tmp_path / "run" / "plain.png")["adapter"] is None
+    grid, first = (read_settings(tmp_path / "run" / name) for name in ("many.png", "many_0.png"))
+    assert grid["routing"] == first["routing"] and grid["seed"] == [0, 1] * 2
     again = draw()
     assert again[:2] == (0, "") and "8 of 8 pictures are there already" in again[2]
     for name in ("two",):  # the same as dynaip sample draws each
@@ -113,15 +115,15 @@ def pipe(tiny):
 
 @pytest.fixture
 def drawing(pipe, lines):
-    """Draws the list where it lies, without the command; `meanwhile`: what happens once it is planned."""
-    path = write(*lines)
+    """Draws a list where it lies, without the command; `meanwhile`: what happens once it is planned; `failed`: lines that then fail."""
 
-    def run(meanwhile=lambda: None, **options):
+    def run(rows=lines[1], meanwhile=lambda: None, failed=(), **options):
+        path = write(lines[0], rows)
         plan = make_plan(pipe[0], read_jobs(path, dict(steps=2, height=32, width=32))[0], False)
         meanwhile()
         made = running.Drawing(pipe[0], plan, **options)
         made._pipe = pipe[1]
-        assert made.run() == {}
+        assert sorted(made.run()) == list(failed)
 
     yield run
     for picture in lines[0].glob("*.png"):
@@ -165,6 +167,14 @@ def test_pictures_that_another_process_makes_meanwhile_are_kept(drawing, lines):
         (lines[0] / name).unlink()
     drawing(meanwhile=lambda: [(lines[0] / name).write_bytes(data) for name, data in whole.items()])
     assert contents(lines[0]) == whole
+
+
+def test_a_reference_that_goes_meanwhile_fails_its_line_and_no_other(drawing, lines):
+    gone = lines[0] / "gone.jpg"
+    shutil.copy(lines[0] / "cup.jpg", gone)
+    rows = [dict(prompt="a cup", references="gone.jpg", output="lost.png", num_images=2), *lines[1][:2]]
+    drawing(rows, meanwhile=gone.unlink, failed=[1])
+    assert set(contents(lines[0])) == {"a_cup_3.png", "plain.png"}
 
 
 def test_too_little_memory_draws_fewer_at_once(drawing, monkeypatch):
