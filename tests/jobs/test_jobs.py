@@ -169,6 +169,25 @@ def test_pictures_that_another_process_makes_meanwhile_are_kept(drawing, lines):
     assert contents(lines[0]) == whole
 
 
+def test_a_picture_is_a_lines_own_only_with_all_its_settings(drawing, pipe, lines):
+    row = dict(prompt="a cup", references="cup.jpg", output="own.png")
+    drawing([row])
+    shutil.copy(lines[0] / "cup.jpg", lines[0] / "same.jpg")
+    with Image.open(lines[0] / "cup.jpg") as picture:
+        picture.rotate(180).save(lines[0] / "turned.jpg")
+
+    def failures(**changes):
+        jobs, _ = read_jobs(write(lines[0], [row | changes]), dict(steps=2, height=32, width=32))
+        return [str(e) for e in make_plan(pipe[0], jobs, False).failures.values()]
+
+    assert failures() == failures(references="same.jpg") == []
+    for changes in (
+        dict(image_scale=0.5), dict(text_gain=1.0), dict(granularity=[1, 0, 0]), dict(steps=3), dict(references="turned.jpg"),
+    ):  # fmt: skip
+        (told,) = failures(**changes)
+        assert "was not made by this line" in told, changes
+
+
 def test_a_reference_that_goes_meanwhile_fails_its_line_and_no_other(drawing, lines):
     gone = lines[0] / "gone.jpg"
     shutil.copy(lines[0] / "cup.jpg", gone)
