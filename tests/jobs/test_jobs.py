@@ -183,6 +183,7 @@ def test_a_picture_is_a_lines_own_only_with_all_its_settings(drawing, pipe, line
     assert failures() == failures(references="same.jpg") == []
     for changes in (
         dict(image_scale=0.5), dict(text_gain=1.0), dict(granularity=[1, 0, 0]), dict(steps=3), dict(references="turned.jpg"),
+        dict(num_images=2),  # whose grid it would be
     ):  # fmt: skip
         (told,) = failures(**changes)
         assert "was not made by this line" in told, changes
