@@ -169,6 +169,35 @@ def test_pictures_that_another_process_makes_meanwhile_are_kept(drawing, lines):
     assert contents(lines[0]) == whole
 
 
+def test_lines_of_one_shape_keep_their_own_words_and_times(drawing, lines):
+    Image.new("RGB", (64, 64), "red").save(lines[0] / "red.jpg")
+    one, two = (
+        dict(prompt="a cup", references="cup.jpg"),
+        dict(references=["cup.jpg", "red.jpg"], words=["cup", "red star"]),
+    )
+    rows = [
+        one | dict(output="whole.png"),
+        one | dict(output="end.png", image_end=0.5),
+        *(
+            one | dict(output=f"not_{n}.png", true_cfg=4.0, negative_prompt=text)
+            for n, text in enumerate(("a mug", "grass"))
+        ),
+        two | dict(output="two.png", prompt=["a cup and a red star", "a red star beside a cup"]),
+    ]
+
+    def pixels(names):
+        return {name: np.asarray(Image.open(lines[0] / f"{name}.png"), int) for name in names}
+
+    drawing(rows, at_once=2)
+    together = pixels(["whole", "end", "not_0", "not_1", "two_0", "two_1"])
+    for picture in lines[0].glob("*.png"):
+        picture.unlink()
+    drawing(rows[:-1], at_once=1)
+    drawing([two | dict(output=f"two_{n}.png", prompt=text) for n, text in enumerate(rows[-1]["prompt"])], at_once=1)
+    for name, alone in pixels(together).items():
+        assert np.abs(alone - together[name]).max() <= 1, name
+
+
 def test_a_picture_is_a_lines_own_only_with_all_its_settings(drawing, pipe, lines):
     row = dict(prompt="a cup", references="cup.jpg", output="own.png")
     drawing([row])
