@@ -114,12 +114,21 @@ def pipe(tiny):
 
 
 @pytest.fixture
-def drawing(pipe, lines):
+def planned(pipe, lines):
+    """The plan of a list where it lies."""
+
+    def plan(rows):
+        return make_plan(pipe[0], read_jobs(write(lines[0], rows), dict(steps=2, height=32, width=32))[0], False)
+
+    return plan
+
+
+@pytest.fixture
+def drawing(pipe, lines, planned):
     """Draws a list where it lies, without the command; `meanwhile`: what happens once it is planned; `failed`: lines that then fail."""
 
     def run(rows=lines[1], meanwhile=lambda: None, failed=(), **options):
-        path = write(lines[0], rows)
-        plan = make_plan(pipe[0], read_jobs(path, dict(steps=2, height=32, width=32))[0], False)
+        plan = planned(rows)
         meanwhile()
         made = running.Drawing(pipe[0], plan, **options)
         made._pipe = pipe[1]
@@ -198,7 +207,7 @@ def test_lines_of_one_shape_keep_their_own_words_and_times(drawing, lines):
         assert np.abs(alone - together[name]).max() <= 1, name
 
 
-def test_a_picture_is_a_lines_own_only_with_all_its_settings(drawing, pipe, lines):
+def test_a_picture_is_a_lines_own_only_with_all_its_settings(drawing, planned, lines):
     row = dict(prompt="a cup", references="cup.jpg", output="own.png")
     drawing([row])
     shutil.copy(lines[0] / "cup.jpg", lines[0] / "same.jpg")
@@ -206,8 +215,7 @@ def test_a_picture_is_a_lines_own_only_with_all_its_settings(drawing, pipe, line
         picture.rotate(180).save(lines[0] / "turned.jpg")
 
     def failures(**changes):
-        jobs, _ = read_jobs(write(lines[0], [row | changes]), dict(steps=2, height=32, width=32))
-        return [str(e) for e in make_plan(pipe[0], jobs, False).failures.values()]
+        return [str(e) for e in planned([row | changes]).failures.values()]
 
     assert failures() == failures(references="same.jpg") == []
     for changes in (
