@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,6 +25,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 SMALL = {"Prompt": "a cup", "Height": 32, "Width": 32, "Steps": 1}
 SLOW = {"Prompt": "a cup", "Height": 256, "Width": 256, "Steps": 60, "Num images": 4}
 QUEUE, VISITS, LARGEST = 100, 110, 1 << 20  # the last: bytes of an upload
+SOON = 2  # seconds that answers take, beside the work itself
 GROWTH = 24 << 20  # bytes of memory that may come after the first ten
 CUP = skimage.data.coffee()[::4, ::4]
 
@@ -76,6 +78,33 @@ def test_a_crowd_waits_is_refused_politely_past_the_limit_and_gets_its_pictures(
     told = f"queue: {QUEUE} pictures wait already; expected fewer than {QUEUE + 1}; try again in a minute"
     assert all(told in v.status and 'role="alert"' in v.status for v in visits if not v.settings)
     assert max(held[FIRST:]) - held[FIRST - 1] < GROWTH, f"MiB: {[size >> 20 for size in held]}"
+
+
+def test_cancel_frees_the_queue_within_a_step(alone):
+    """A visitor waits for a slow picture of another, who cancels it."""
+    form = alone.controls() | SLOW | {"reference 1": upload(CUP), "True CFG": 4, "Negative prompt": "a cat"}
+    steps, fourth, begun = [], threading.Event(), None  # steps: when each is seen
+
+    def hold():
+        for status, *_ in filter(None, alone.ask("generate", form.values(), "holder")):
+            steps.append((time.monotonic(), status))
+            if "Step 4 " in status:
+                fourth.set()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert fourth.wait(60), steps
+    seconds = (steps[-1][0] - steps[-4][0]) / 3
+    for status, *_ in filter(None, alone.ask("generate", (alone.controls() | SMALL).values(), "next")):
+        if "Waiting: 1 before" in status:
+            alone.call("cancel", [], "holder")
+            cancelled, before = time.monotonic(), len(steps)
+        elif begun is None:
+            begun = time.monotonic() - cancelled
+    holder.join()
+    assert "Done." in status and "Cancelled." in steps[-1][1]
+    assert len([text for _, text in steps[before:] if "Step " in text]) <= 1
+    assert begun < 2 * seconds + SOON, f"{seconds} s a step"
 
 
 def test_nothing_is_written_outside_of_its_folder(alone, outside):
