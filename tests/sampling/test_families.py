@@ -1,12 +1,10 @@
-"""The pipeline with the second family: what it has of the first, by the same code."""
+"""The pipeline with the second family: what only it has, and its weights. test_adapter.py has what an adapter does in both."""
 
-import jax
 import numpy as np
 import pytest
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
-from dynaip_jax.adapters.dynaip import init_adapter_params
 from dynaip_jax.errors import UserError
 from dynaip_jax.sampling import natives
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
@@ -34,34 +32,6 @@ def base(plain):
 
 def draw(pipe, references=(), **options):
     return np.asarray(pipe(PROMPT, references, **SMALL | options).images[0]).astype(int)
-
-
-def test_no_gain_and_a_fresh_adapter_leave_the_base_as_it_is(pipe, base, photograph, tiny2):
-    assert base.shape == (48, 64, 3) and base.std() > 5
-    np.testing.assert_array_equal(draw(pipe, photograph, image_scale=0), base)
-    drawn = draw(pipe, photograph)
-    assert np.abs(drawn - base).max() > 0
-    config = pipe.adapter[0]
-    fresh = DynaIPPipeline(
-        pipe.bundle, pipe.family, pipe.params, pipe.tokenizers, (config, init_adapter_params(config, jax.random.key(3)))
-    )
-    np.testing.assert_array_equal(draw(fresh, photograph), base)
-
-
-def test_options_of_references_act(pipe, photograph):
-    one = draw(pipe, photograph)
-    for options in (
-        dict(text_gain=1.0),
-        dict(granularity=(1, 0, 0)),
-        dict(image_start=0.5),
-        dict(image_scale=2.0),
-        dict(masks=np.eye(48, 64, dtype=np.float32)),
-    ):
-        assert np.abs(draw(pipe, photograph, **options) - one).max() > 0, options
-    both = [photograph, np.arange(40 * 40 * 3, dtype=np.uint8).reshape(40, 40, 3)]
-    everywhere = draw(pipe, both, regions="none")
-    assert np.abs(draw(pipe, both, words=["star", "moon"]) - everywhere).max() > 0
-    assert np.abs(draw(pipe, both, merge="concat") - everywhere).max() > 0
 
 
 def test_guidance_away_from_a_negative_prompt_and_the_step_cache(plain, base):
