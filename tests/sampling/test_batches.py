@@ -24,3 +24,18 @@ def test_pictures_that_a_model_reads_by_itself_stay_with_their_call(tiny2):
         assert np.abs(np.asarray(one.images[0], int) - np.asarray(alone.images[0], int)).max() <= 1
     other = pipe.request("a cup", native_references=skimage.data.astronaut()[:64, :96], **OPTIONS)
     assert batches.shape(other) != batches.shape(requests[0])
+
+
+def test_a_program_is_shared_by_calls_that_differ_in_numbers_alone(tiny):
+    pipe, cup = DynaIPPipeline.load(*tiny), skimage.data.coffee()[:64, :64]
+    two, words = [cup, cup[::-1]], dict(words=["cup", "cat"])
+
+    def shape(references=two, prompt="a cup and a cat", **options):
+        return batches.shape(pipe.request(prompt, references, **OPTIONS | options))
+
+    own = shape()
+    others = [shape([cup]), shape([cup, cup, cup]), shape(**words), shape(masks=[np.ones((32, 32), np.float32)] * 2)]
+    others += [shape(**change) for change in (dict(steps=3), dict(height=48), dict(width=48), dict(merge="concat"))]
+    others += [shape(cache_threshold=0.1), shape(negative_prompt=None, true_cfg=None)]
+    assert len({own, *others}) == 1 + len(others)
+    assert own == shape(prompt="a cat", seed=3, image_scale=0.5, text_gain=1.0, granularity=(1, 0, 0), num_images=2)
