@@ -41,11 +41,15 @@ def test_maps_of_two_subjects_and_a_picture_that_is_as_without(pipe, photograph)
     np.testing.assert_allclose(look.regions().sum(axis=1), 1, atol=1e-5)
     places = first.maps.strength * first.maps.gain
     np.testing.assert_allclose(look.over_picture()[1, 0].ravel(), places[1, look.text_rows :, 0] / 2, rtol=1e-5)
-    assert look.over_references().shape == (2, blocks, 2, first.maps.weights.shape[-1])
+    mean = (first.maps.weights + last.maps.weights) / 2
+    image, text = mean[:, look.text_rows :].mean(axis=1), mean[:, : look.text_rows].mean(axis=1)
+    np.testing.assert_allclose(look.over_references(), [image, text], rtol=1e-5)
     np.testing.assert_array_equal(last.expected, np.asarray(alone.images[0]))
     off = looking.look(pipe, two(pipe, photograph, text_gain=1.0), [0]).glances[0].maps
     assert (off.gain[:, : look.text_rows] == 1).all()
     np.testing.assert_allclose(off.weights[0], first.maps.weights[0], atol=1e-5)
+    joined = looking.look(pipe, two(pipe, photograph, merge="concat"), [0]).glances[0].maps
+    np.testing.assert_allclose(joined.weights.sum(axis=(-2, -1)), 1, atol=1e-5)
 
 
 def test_what_is_no_one_picture_of_a_reference_is_refused(pipe, photograph):
