@@ -245,7 +245,8 @@ def finite(x: np.ndarray) -> bool:
 
 
 def _laid(x: np.ndarray, axes: tuple[int, ...] | None, dtype: np.dtype) -> np.ndarray:
-    """`x` transposed by `axes`, as `dtype`, C-contiguous; matrices go square by square, which caches like."""
+    """`x` transposed by `axes`, as `dtype`, C-contiguous; matrices go square by square, each from a copy without the
+    matrix's stride: rows that are a power of two apart share few lines of a cache."""
     if x.dtype == dtype == BFLOAT16:  # NumPy moves its own types faster
         return _laid(x.view(np.uint16), axes, np.dtype(np.uint16)).view(dtype)
     if axes != (1, 0):
@@ -253,5 +254,5 @@ def _laid(x: np.ndarray, axes: tuple[int, ...] | None, dtype: np.dtype) -> np.nd
     y = arena.empty(x.shape[::-1], dtype)
     for i in range(0, x.shape[0], SIDE):
         for j in range(0, x.shape[1], SIDE):
-            y[j : j + SIDE, i : i + SIDE] = x[i : i + SIDE, j : j + SIDE].T
+            y[j : j + SIDE, i : i + SIDE] = np.ascontiguousarray(x[i : i + SIDE, j : j + SIDE]).T
     return y
