@@ -33,12 +33,14 @@ DESCRIBED = 0.6  # share of the base model's scenes whose caption tells the look
 UNSAID = (
     0.5  # probability that a caption leaves open each of `SAYABLE`, as captions of photographs leave most things open
 )
+TWINS = 0.6  # share of the base model's scenes of one subject that have a reference of kind "twin"
 KINDS = (  # of references, by what the adapter sees of a target's subject
     "same",  # the target itself, of which the trainer takes a part
+    "twin",  # a close view on the target's background and in its light
     "shared",  # a close view on the target's background or in its light
     "other",  # a close view in a setting of its own
 )
-REFERENCES = {"same": 1.0}  # kind: share of the pairs
+REFERENCES = {"same": 0.4, "twin": 0.6}  # kind: share of the pairs
 
 
 def sample_mixed(rng: np.random.Generator) -> Scene:
@@ -62,10 +64,13 @@ def sample_text(rng: np.random.Generator, scene: Scene, unsaid: float = UNSAID) 
 
 
 def scene_record(seed: int, n: int, split: str = "train", unsaid: float = UNSAID) -> Record:
-    """Record n for text to image: a scene of 1 to 3 subjects with `sample_text`."""
+    """Record n for text to image: a scene of 1 to 3 subjects with `sample_text`. `TWINS` of those with one have a reference, for a base that is
+    trained together with an adapter."""
     rng = generator(seed, split, n)
     scene = sample_mixed(rng)
-    return _record(n, scene, None, sample_text(rng, scene, unsaid))
+    text = sample_text(rng, scene, unsaid)
+    twin = len(scene.subjects) == 1 and rng.random() < TWINS
+    return _record(n, scene, _reference(rng, scene, "twin" if twin else "same"), text)
 
 
 def pair_record(
@@ -83,6 +88,8 @@ def _reference(rng: np.random.Generator, scene: Scene, kind: str) -> Scene | Non
     match kind:
         case "same":
             return None
+        case "twin":
+            return close_view(rng, _only(scene))._replace(background=scene.background, light=scene.light)
         case "shared":
             shared = str(rng.choice(["background", "light"]))
             return close_view(rng, _only(scene))._replace(**{shared: getattr(scene, shared)})

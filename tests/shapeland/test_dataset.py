@@ -31,6 +31,14 @@ def test_a_base_reads_looks_in_some_captions_only():
     assert 5 < len(told) < 25
 
 
+def test_a_base_that_is_trained_with_an_adapter_has_references():
+    """A twin for most scenes of one subject; else the scene itself, or nothing for several subjects."""
+    records = [scene_record(0, n) for n in range(200)]
+    alone = [record for record in records if record.mask]
+    assert 0.45 < np.mean([record.reference != b"" for record in alone]) < 0.75
+    assert not any(record.reference for record in records if not record.mask) and len(alone) < 200
+
+
 def test_captions_leave_parts_open_half_the_time_or_never():
     for record in (scene_record, pair_record):
         texts = [record(0, n).caption for n in range(200)]
@@ -39,15 +47,16 @@ def test_captions_leave_parts_open_half_the_time_or_never():
         assert all(any(f" at {light}" in text for light in LIGHTS) for text in whole)
 
 
-def test_references_are_of_three_kinds(monkeypatch):
-    """The scene itself; a close view with the scene's background or light; a close view in a setting of its own."""
+def test_references_are_of_four_kinds(monkeypatch):
+    """The scene itself; a close view in its setting; with the scene's background or light; a close view in a setting of its own."""
     assert sum(dataset.REFERENCES.values()) == 1
     seen = {}
     monkeypatch.setattr(dataset, "_record", lambda n, scene, reference, text: (scene, reference))
     for kind in dataset.KINDS:
         seen[kind] = [pair_record(0, n, references={kind: 1.0}) for n in range(60)]
     assert {reference for _, reference in seen["same"]} == {None}
-    for kind, least, most in (("shared", 1, 1), ("other", 0.25, 0.75)):
+    assert all((a.background, a.light) == (b.background, b.light) for a, b in seen["twin"])
+    for kind, least, most in (("twin", 1, 1), ("shared", 1, 1), ("other", 0.25, 0.75)):
         pairs = seen[kind]
         assert all(a.subjects[0].identity == b.subjects[0].identity and is_large(b.subjects[0]) for a, b in pairs)
         assert least <= np.mean([a.background == b.background or a.light == b.light for a, b in pairs]) <= most

@@ -1,5 +1,6 @@
 """Stages of Shapeland's training, with `--go-on`."""
 
+import itertools
 import json
 
 import jax
@@ -13,14 +14,12 @@ from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.shapeland import default
 from dynaip_jax.shapeland.judge import init_judge
 from dynaip_jax.storage.adapter import ADAPTER_WEIGHTS
-from dynaip_jax.storage.bundle import replace_component
 from dynaip_jax.storage.manifest import flatten
-from train.shapeland import world
+from dynaip_jax.storage.tensors import read_tree
+from train.shapeland import adapter, base, world
 from train.shapeland.__main__ import main
-from train.shapeland.adapter import for_base
-from train.shapeland.configs import FAMILY
 from train.shapeland.judge import started_from
-from train.shapeland.workdir import DONE, rounded
+from train.shapeland.workdir import DONE
 
 
 def test_going_on_starts_from_the_package(tmp_path):
@@ -32,16 +31,25 @@ def test_going_on_starts_from_the_package(tmp_path):
         main(["--workdir", str(tmp_path), "--go-on", "--stages", "vae"])
 
 
-def test_the_packages_adapter_is_taken_for_a_base_that_was_trained_further(tmp_path):
-    bundle = open_bundle(default.paths()[0])
-    weights = FAMILY.init_params("transformer", jax.random.key(7))
-    replace_component(bundle, tmp_path / "bundle", "transformer", rounded(weights), {})
+def test_going_on_trains_base_and_adapter_together_and_then_the_adapter(tmp_path, monkeypatch):
+    """Each starts from what the one before made, and the base stays as it is in the last."""
+    for name, value in (("SCENES", 70), ("PAIRS", 70)):
+        monkeypatch.setattr(world, name, value)
+    for module in (base, adapter):
+        monkeypatch.setattr(module, "MORE", 2)  # the rate begins at 0
+    main(["--workdir", str(tmp_path), "--go-on", "--stages", "world", "encoders", "base", "adapter"])
+    own, (root, joint, last) = (
+        default.paths(),
+        (tmp_path / name for name in ("base/bundle", "base/adapter", "adapter/adapter")),
+    )
+    for adapted in (joint, last):
+        DynaIPPipeline.load(root, adapted)
     with pytest.raises(UserError, match="made for another base"):
-        DynaIPPipeline.load(tmp_path / "bundle", default.paths()[1])
-    for_base(tmp_path / "adapter", tmp_path / "bundle")
-    DynaIPPipeline.load(tmp_path / "bundle", tmp_path / "adapter")
-    first, own = (path / ADAPTER_WEIGHTS for path in (tmp_path / "adapter", default.paths()[1]))
-    assert first.read_bytes() == own.read_bytes()
+        DynaIPPipeline.load(root, own[1])
+    weights = [flatten(read_tree(path / ADAPTER_WEIGHTS)) for path in (own[1], joint, last)]
+    for before, after in itertools.pairwise(weights):
+        moved = [np.abs(before[name] - after[name]).max() for name in before]
+        assert 0 < max(moved) < 0.1, "a step further"
 
 
 def test_a_judge_goes_on_with_what_is_stored_of_its_form():

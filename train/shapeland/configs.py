@@ -62,11 +62,15 @@ BASE = TrainConfig(
     save_every=250,
     keep=1,
 )
-FURTHER = dataclasses.replace(  # of a base that is not fresh
+FURTHER = dataclasses.replace(  # of a base that is not fresh, together with the adapter
     BASE,
+    data=dataclasses.replace(DATA, drop_image=0.4, flip_reference=0.0),
+    adapter=dataclasses.replace(BASE.adapter, blocks="all"),
     optim=dataclasses.replace(BASE.optim, rate=7.5e-4, muon_rate=0.01),
+    random_granularity=0.3,
+    trainable="all",
     fresh_base=False,
-    time_mean=-0.2,  # it knows by now what to draw, and is to draw it well
+    time_mean=0.3,
 )
 ADAPTER = dataclasses.replace(
     BASE,
