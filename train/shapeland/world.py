@@ -15,7 +15,7 @@ from dynaip_jax.storage.renames import write_new
 from train.shapeland.processes import in_processes
 
 CAPTIONS = "captions.json"  # how captions were written
-SCENES, PAIRS = 24_000, 24_000  # records
+SCENES, PAIRS = 28_000, 20_000  # records
 
 
 def write_world(folder: Path, seed: int, unsaid: float = UNSAID) -> None:
