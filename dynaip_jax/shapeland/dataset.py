@@ -64,8 +64,8 @@ def sample_text(rng: np.random.Generator, scene: Scene, unsaid: float = UNSAID) 
 
 
 def scene_record(seed: int, n: int, split: str = "train", unsaid: float = UNSAID) -> Record:
-    """Record n for text to image: a scene of 1 to 3 subjects with `sample_text`. `TWINS` of those with one have a reference, for a base that is
-    trained together with an adapter."""
+    """Record n for text to image: a scene of 1 to 3 subjects with `sample_text`. For a base that is trained together with an adapter,
+    `TWINS` of those with one have a twin as the reference; the others are their own."""
     rng = generator(seed, split, n)
     scene = sample_mixed(rng)
     text = sample_text(rng, scene, unsaid)

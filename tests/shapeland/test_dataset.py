@@ -32,7 +32,7 @@ def test_a_base_reads_looks_in_some_captions_only():
 
 
 def test_a_base_that_is_trained_with_an_adapter_has_references():
-    """A twin for most scenes of one subject; else the scene itself, or nothing for several subjects."""
+    """A twin for most scenes of one subject; all others are their own reference."""
     records = [scene_record(0, n) for n in range(200)]
     alone = [record for record in records if record.mask]
     assert 0.45 < np.mean([record.reference != b"" for record in alone]) < 0.75
