@@ -12,39 +12,13 @@ from dynaip_jax.errors import UserError
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.adapter import write_adapter
 from dynaip_jax.storage.codec import to_dict
-
-SIZE = dict(steps=3, height=32, width=48)
+from tests.sampling.drawing import SIZE, draw, photographs
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny2"])
 def files(request):
     """(bundle folder, adapter folder) of a family."""
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(scope="module")
-def base(files):
-    return DynaIPPipeline.load(files[0])
-
-
-@pytest.fixture(scope="module")
-def pipe(files):
-    return DynaIPPipeline.load(*files)
-
-
-@pytest.fixture(scope="module")
-def plain(base):
-    return draw(base)
-
-
-def draw(pipe, *references, **options):
-    return np.asarray(pipe("a cat", references, **(SIZE | options)).images[0])
-
-
-def photographs():
-    import skimage.data
-
-    return skimage.data.astronaut(), skimage.data.coffee()
 
 
 def test_scale_zero_is_the_base_bit_for_bit(pipe, plain):

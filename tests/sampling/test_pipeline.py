@@ -15,33 +15,12 @@ from dynaip_jax.sampling import denoise, opening, pipeline
 from dynaip_jax.sampling.options import SampleOptions
 from dynaip_jax.sampling.pipeline import DynaIPPipeline
 from dynaip_jax.storage.bundle import Bundle
-
-SIZE = dict(steps=3, height=32, width=48)
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return DynaIPPipeline.load(tiny[0])
+from tests.sampling.drawing import SIZE, draw, photographs
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny):
-    return DynaIPPipeline.load(*tiny)
-
-
-@pytest.fixture(scope="module")
-def plain(base):
-    return draw(base)
-
-
-def draw(pipe, *references, **options):
-    return np.asarray(pipe("a cat", references, **(SIZE | options)).images[0])
-
-
-def photographs():
-    import skimage.data
-
-    return skimage.data.astronaut(), skimage.data.coffee()
+def files(tiny):
+    return tiny
 
 
 def test_each_seed_can_be_drawn_alone(base):
